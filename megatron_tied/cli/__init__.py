@@ -1,0 +1,1 @@
+"""The `megatron-tied` command: one module per subcommand."""

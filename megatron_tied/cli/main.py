@@ -1,0 +1,46 @@
+"""The `megatron-tied` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from megatron_tied.cli import prepare_data
+from megatron_tied.cli.report import report
+from megatron_tied.errors import ConfigError
+
+BAD_INPUT = 2  # the exit code of argparse too
+
+_COMMANDS = (prepare_data,)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns the exit code: 2 for bad input, which is told on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-tied",
+        description="Pretraining of Mixture-of-Experts models whose layers share experts.",
+        epilog="To train: deepspeed --module megatron_tied.pretrain --config FILE [section.field=value ...]",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except ConfigError as error:
+        report(error, sys.stderr)
+        return BAD_INPUT
+
+
+def _version() -> str:
+    try:
+        return version("megatron-tied")
+    except PackageNotFoundError:
+        return "(not installed: run from its sources)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

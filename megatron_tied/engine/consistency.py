@@ -1,0 +1,55 @@
+"""A watchdog: do the ranks that should hold the same parameters still hold the same bits?"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_tied.engine.groups import is_expert_parallel
+from megatron_tied.layers.tensor_parallel import is_tensor_parallel
+
+
+@torch.no_grad()
+def find_differences(model: torch.nn.Module) -> list[str]:
+    """Names of parameters (and buffers) whose bits differ between ranks that should agree; the same on every rank.
+
+    Replicated ones are compared over all ranks, parts of a matrix over data parallel ranks, experts over the ranks of
+    their expert-DP group. Parameters that ZeRO 3 has partitioned exist once and are passed over. A collective.
+    """
+    replicated: dict[str, torch.Tensor] = {}
+    parts: dict[str, torch.Tensor] = {}
+    experts: dict[str, torch.Tensor] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if _is_whole(tensor):
+            kind = experts if is_expert_parallel(tensor) else parts if is_tensor_parallel(tensor) else replicated
+            kind[name] = tensor
+    differing = _differing(replicated, torch.distributed.group.WORLD)
+    differing += _differing(parts, parallel_state.get_data_parallel_group())
+    differing += _differing(experts, parallel_state.get_expert_data_parallel_group())
+    everywhere: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everywhere, differing)
+    return sorted({name for names in everywhere for name in names})
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    return tensor.numel() > 0 and not (hasattr(tensor, "ds_id") and tensor.ds_status.name != "AVAILABLE")
+
+
+def _differing(tensors: dict[str, torch.Tensor], group: torch.distributed.ProcessGroup) -> list[str]:
+    if not tensors or group.size() == 1:
+        return []
+    lowest = torch.stack([checksum(tensor) for tensor in tensors.values()])
+    highest = lowest.clone()
+    torch.distributed.all_reduce(lowest, op=torch.distributed.ReduceOp.MIN, group=group)
+    torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX, group=group)
+    differs = (lowest != highest).any(dim=1).tolist()
+    return [name for name, different in zip(tensors, differs, strict=True) if different]
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Two int64 sums over a tensor's bits, one of them weighted by position: [2]. Any single flipped bit changes it."""
+    bits = tensor.detach().contiguous().view(torch.uint8).flatten()
+    padding = -bits.numel() % 4
+    words = torch.nn.functional.pad(bits, (0, padding)).view(torch.int32).to(torch.int64)
+    weights = torch.arange(1, words.numel() + 1, device=words.device)
+    return torch.stack([words.sum(), (words * weights).sum()])

@@ -1,0 +1,133 @@
+"""`TiedMoEEngine`: DeepSpeed's engine, told about Megatron-Core's experts and about banks."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+from megatron_tied.engine.gradient_norm import clip_gradients, global_gradient_norm
+from megatron_tied.engine.groups import is_expert_parallel
+from megatron_tied.engine.router_state import RouterCounts, start_global_batch, update_expert_bias
+from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.layers.accumulation import UseSites
+from megatron_tied.layers.banks import describe, gradient_sites
+from megatron_tied.layers.moe_layer import tied_layers
+
+
+class TiedMoEEngine(DeepSpeedEngine):
+    """A `DeepSpeedEngine` for models with tied, expert parallel experts, at ZeRO stages 0 to 3.
+
+    Made by `megatron_tied.initialize`; used like any DeepSpeed engine: `loss = engine(...)`,
+    `engine.backward(loss)`, `engine.step()`.
+    """
+
+    def _configure_distributed_model(self, model: torch.nn.Module) -> None:
+        super()._configure_distributed_model(model)
+        # Upstream sets this only for DeepSpeed's own MoE classes; gradient reduction, ZeRO and the gradient norm
+        # ask it before they look at expert parameters.
+        self.has_moe_layers = any(is_expert_parallel(parameter) for parameter in model.parameters())
+        self.num_experts = [layer.config.num_moe_experts for layer in tied_layers(model)]
+        self._use_sites = _connect_use_sites(model)
+        self._router_counts = RouterCounts(model)
+
+    def _validate_zero3_moe_compatibility(self) -> None:
+        # Upstream knows AutoEP layers only, and refuses any other; these are its remaining conditions.
+        if not self.has_moe_layers:
+            return
+        unsupported = {
+            "zero_quantized_gradients": bool(self.zero_quantized_gradients()),
+            "zero_hpz_partition_size": self.zero_hpz_partition_size() > 1,
+        }
+        problems = [
+            Problem(
+                f"deepspeed.zero_optimization.{name}",
+                value,
+                "is not supported with expert parallelism at stage 3",
+            )
+            for name, value in unsupported.items()
+            if value
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The module's forward; in training, what its routers count is noted for `backward`."""
+        counts = self.training and torch.is_grad_enabled()
+        if counts:
+            self._router_counts.before_forward()
+        output = super().forward(*inputs, **kwargs)
+        if counts:
+            self._router_counts.after_forward()
+        return output
+
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
+        """Backward of one micro-batch's loss, aux losses weighted like it; each bank's gradient is handed on once.
+
+        Raises `RuntimeError` if some layer of a tie group took no part in this backward pass: its bank's gradient
+        would be incomplete.
+        """
+        for sites in self._use_sites:
+            sites.reset()
+        self._set_aux_loss_scale(scale_wrt_gas)
+        loss = super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        for sites, bank in self._use_sites.items():
+            if not sites.is_complete:
+                raise RuntimeError(f"{bank}: only {sites.arrived} of {sites.use_sites} layers had a gradient")
+        self._router_counts.after_backward()
+        return loss
+
+    def _set_aux_loss_scale(self, scale_wrt_gas: bool) -> None:
+        # Megatron's schedules do this; without it aux and z-loss come out too large by the accumulation steps.
+        scale = 1.0 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0
+        scale *= self.loss_scale_now()
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale, device=self.device))
+
+    def loss_scale_now(self) -> float:
+        """The factor that the next backward multiplies losses by: fp16's loss scale, else 1."""
+        return float(self._get_optimizer_loss_scale()) if self.fp16_enabled() else 1.0
+
+    def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
+        update_expert_bias(self.module)
+        start_global_batch(self.module)
+        if self._is_plain_fp32():
+            self._global_grad_norm = global_gradient_norm(self.module.parameters())
+            if not math.isfinite(self._global_grad_norm):
+                self._skip_step()
+                return
+        super()._take_model_step(lr_kwargs)
+
+    def _skip_step(self) -> None:
+        # What DeepSpeed's ZeRO optimizers and its engine do about a gradient norm that is not finite.
+        self.zero_grad()
+        self.skipped_steps += 1
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+
+    def clip_fp32_gradients(self) -> None:
+        """Clip by the true global norm; upstream clips by the norm of each rank's own experts."""
+        clip_gradients(self.module.parameters(), self._global_grad_norm, self.gradient_clipping())
+
+    def _is_plain_fp32(self) -> bool:
+        return not (self.zero_optimization() or self.fp16_enabled() or self.bfloat16_enabled())
+
+
+def _connect_use_sites(model: torch.nn.Module) -> dict[UseSites, str]:
+    """Make every bank weight say when its gradient is whole; returns each count with its bank's name for messages."""
+    connected = {}
+    for layer in tied_layers(model):
+        if layer.is_owner:
+            for sites, weights in gradient_sites(layer.experts).items():
+                sites.on_change = partial(_mark_ready, weights)
+                connected[sites] = describe(layer.bank)
+    return connected
+
+
+def _mark_ready(weights: list[torch.nn.Parameter], ready: bool) -> None:
+    # ZeRO looks at this when a gradient hook fires, and passes over a gradient that is not ready.
+    for weight in weights:
+        weight.ds_grad_is_ready = ready

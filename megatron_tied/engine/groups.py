@@ -1,0 +1,95 @@
+"""Process groups: Megatron-Core makes them, DeepSpeed is told about them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from types import ModuleType
+
+import deepspeed
+import torch
+from deepspeed.utils import groups as deepspeed_groups
+from megatron.core import parallel_state
+
+from megatron_tied.engine import mpu
+from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.layers.moe_layer import tied_layers
+
+
+def start_distributed() -> None:
+    """Start torch.distributed, and DeepSpeed's communication on top of it, each unless somebody has."""
+    # On a CPU host every rank would print that a communication kernel was built.
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(verbose=False)
+
+
+def initialize_model_parallel(expert_model_parallel_size: int = 1, tensor_model_parallel_size: int = 1) -> None:
+    """Start communication (if nobody has) and make Megatron-Core's process groups.
+
+    Expert parallel groups are runs of `expert_model_parallel_size` neighbouring ranks, tensor parallel groups runs of
+    `tensor_model_parallel_size`, so that they lie inside a node wherever the node's size allows. Experts are whole on
+    every tensor parallel rank. Raises `ConfigError` if a size does not divide the world.
+    """
+    start_distributed()
+    world = torch.distributed.get_world_size()
+    sizes = {
+        "expert_model_parallel_size": expert_model_parallel_size,
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+    }
+    wrong = {name: size for name, size in sizes.items() if world % size}
+    if wrong:
+        valid = f"must divide the world size {world}"
+        raise ConfigError([Problem(f"parallel.{name}", size, valid) for name, size in wrong.items()])
+    parallel_state.initialize_model_parallel(**sizes, expert_tensor_parallel_size=1)
+
+
+def expert_group_name() -> str:
+    """The key under which DeepSpeed knows the expert parallel groups; it reads the size out of the name."""
+    return f"ep_size_{parallel_state.get_expert_model_parallel_world_size()}"
+
+
+def model_parallel_unit() -> ModuleType | None:
+    """What DeepSpeed asks for its groups with tensor parallelism, None without: each data parallel rank is one process."""
+    return mpu if parallel_state.get_tensor_model_parallel_world_size() > 1 else None
+
+
+def register_with_deepspeed() -> None:
+    """Enter Megatron-Core's groups in DeepSpeed's registry.
+
+    DeepSpeed enters there what its own MoE layers create; without the entry it would average the gradients of
+    different experts, in some ZeRO stages without any error.
+    """
+    deepspeed_groups.mpu = model_parallel_unit()
+    name = expert_group_name()
+    expert_parallel = parallel_state.get_expert_model_parallel_group()
+    expert_data_parallel = parallel_state.get_expert_data_parallel_group()
+    deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = expert_parallel
+    deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS[name] = torch.distributed.get_process_group_ranks(expert_parallel)
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = expert_data_parallel
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = torch.distributed.get_process_group_ranks(
+        expert_data_parallel
+    )
+
+
+def is_expert_parallel(parameter: torch.nn.Parameter) -> bool:
+    """True for a parameter whose gradient is reduced over expert-DP instead of DP (Megatron's mark)."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def mark_expert_parameters(model: torch.nn.Module) -> None:
+    """Give expert parameters the marks by which DeepSpeed places their gradients and ZeRO partitions.
+
+    Megatron's own mark is renewed: it is lost where a conversion makes new Parameters. The ZeRO 3 marks are those
+    DeepSpeed made for its own AutoEP layers (`_resolve_zero3_param_placement`).
+    """
+    for layer in tied_layers(model):
+        for weight in layer.experts.parameters():
+            weight.allreduce = layer.config.expert_model_parallel_size == layer.config.tensor_model_parallel_size == 1
+    name = expert_group_name()
+    for parameter in model.parameters():
+        if is_expert_parallel(parameter):
+            parameter.group_name = name
+            # For the gradient norm, in which DeepSpeed leaves out whatever tensor parallel ranks hold in common.
+            parameter.model_parallel = True
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_group_name = name

@@ -1,0 +1,127 @@
+"""One gradient per bank weight, collected over its use sites and handed on once.
+
+Autograd sums over the uses of a shared weight only when all of them are in one graph. Reentrant recompute cuts
+the graph at every layer, so that the weight's gradient hook fires once per use site and an engine that reduces
+on the hook reduces parts, or loses them without any error. Here each use site adds to a buffer, and the last
+one of a backward pass returns the sum; the others return None and say that the gradient is not ready.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+class UseSites:
+    """Counts, in every backward pass, the layers that have reached a weight which `use_sites` layers use once each.
+
+    `on_change(ready)` is called at each of them: False while others are missing, True at the last one. An engine
+    that acts on gradient hooks sets it to learn which firing counts.
+    """
+
+    def __init__(self) -> None:
+        self.use_sites = 0
+        self.on_change: Callable[[bool], None] | None = None
+        self._arrived = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """True when no backward pass has left some use sites out."""
+        return self._arrived == 0
+
+    @property
+    def arrived(self) -> int:
+        """How many use sites the running backward pass has reached."""
+        return self._arrived
+
+    def arrive(self) -> bool:
+        """One use site is reached; returns whether it is the last."""
+        self._arrived += 1
+        ready = self._arrived == self.use_sites
+        if self.on_change is not None:
+            self.on_change(ready)
+        if ready:
+            self._arrived = 0
+        return ready
+
+    def reset(self) -> None:
+        """Forget what an aborted backward pass left behind."""
+        self._arrived = 0
+
+
+class SharedGradient(UseSites):
+    """The gradient of one weight, summed over its use sites here rather than by autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sum: torch.Tensor | None = None
+
+    def add(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        """Add one use site's gradient; returns the sum at the last use site, else None.
+
+        `gradient` has the weight's shape and dtype and belongs to this object from now on.
+        """
+        total = self._sum = gradient if self._sum is None else self._sum.add_(gradient)
+        if not self.arrive():
+            return None
+        self._sum = None
+        return total
+
+    def reset(self) -> None:
+        """Forget what an aborted backward pass left behind."""
+        super().reset()
+        self._sum = None
+
+
+class MarkUseSite:
+    """A forward hook for expert modules that leave the summing to autograd: counts their use sites in backward.
+
+    It sits at the module's output, so that a use site arrives before its weights' gradient hooks fire: whichever
+    way the graph is cut, the firing after the last arrival is the one with the whole sum in `.grad`.
+    """
+
+    def __init__(self, sites: UseSites):
+        self.sites = sites
+
+    def __call__(self, module: torch.nn.Module, inputs: tuple, output: tuple) -> tuple:
+        """The module's output, its first tensor [tokens, hidden] marked."""
+        return _Mark.apply(output[0], self.sites), *output[1:]
+
+
+class _Mark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output: torch.Tensor, sites: UseSites) -> torch.Tensor:
+        ctx.sites = sites
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        ctx.sites.arrive()
+        return gradient, None
+
+
+class GroupedLinear(torch.autograd.Function):
+    """y_t = W_e(t) x_t for tokens sorted by expert, with the weight gradient collected over use sites.
+
+    x [tokens, in], weight [experts, out, in], offsets [experts] int32: the end of each expert's run of tokens.
+    Returns [tokens, out]. An expert, or the whole call, may have no tokens.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.nn.Parameter, offsets: torch.Tensor, shared: SharedGradient):
+        # The Parameter itself is saved: under ZeRO 3 its storage is released after forward and gathered again
+        # before backward, and a view of it would keep the gathered storage alive in between.
+        ctx.save_for_backward(x, weight, offsets)
+        ctx.shared = shared
+        return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor):
+        x, weight, offsets = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx = torch.nn.functional.grouped_mm(dy, weight, offs=offsets) if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = ctx.shared.add(torch.nn.functional.grouped_mm(dy.t(), x, offs=offsets))
+        return dx, dw, None, None

@@ -1,0 +1,58 @@
+"""OLMoE's attention: query and key are normalised over the whole projection, then q, k and v are clipped."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class ProjectionRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm over all heads of a query or key at once: input and output [..., heads on this rank, head width].
+
+    `hidden_size` is one head's width, as Megatron-Core's attention passes it; `heads` counts those of all tensor
+    parallel ranks, each of which has the gains of its own heads. Source: OLMoE in Hugging Face transformers
+    (`OlmoeAttention.q_norm`), where the norm precedes the split in heads.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: int):
+        super().__init__(heads // config.tensor_model_parallel_size * hidden_size, eps=eps)
+        self.width = heads * hidden_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        projection = x.flatten(-2)
+        if self.weight.numel() == self.width:
+            return super().forward(projection).view_as(x)
+        group = parallel_state.get_tensor_model_parallel_group()
+        squares = _SumOverRanks.apply(projection.float().square().sum(-1, keepdim=True), group)
+        normalised = projection * torch.rsqrt(squares / self.width + self.eps)
+        return (normalised * self.weight).to(x.dtype).view_as(x)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A sum that every rank goes on with: its gradient is the sum of what the ranks' losses depend on it."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return _SumOverRanks.apply(gradient, ctx.group), None
+
+
+class ClippedSelfAttention(SelfAttention):
+    """Self-attention that clamps query, key and value to [-qkv_clip, qkv_clip] after their norms."""
+
+    def __init__(self, *args, qkv_clip: float, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.qkv_clip = qkv_clip
+
+    def get_query_key_value_tensors(self, *args, **kwargs):
+        """As upstream; each returned tensor is clamped."""
+        qkv = super().get_query_key_value_tensors(*args, **kwargs)
+        return tuple(tensor.clamp(-self.qkv_clip, self.qkv_clip) for tensor in qkv)

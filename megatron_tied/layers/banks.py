@@ -1,0 +1,69 @@
+"""Ownership of expert banks: who holds the weights, who uses them, and that they stay one."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_tied.layers.accumulation import MarkUseSite, UseSites
+from megatron_tied.layers.grouped_experts import GroupedExperts
+from megatron_tied.topology import Bank, TieTopology
+
+
+class ExpertBanks:
+    """The expert banks of one model while it is built: `attach` makes a layer the owner or a follower.
+
+    The layers of a tie group have separate expert modules that hold the SAME Parameters. Separate modules,
+    because DeepSpeed's ZeRO 3 releases a module's weights after its own backward: a shared module would keep a
+    bank gathered from its first use to the end of the pass. The Parameters are listed, saved and optimised once,
+    under the owner, since PyTorch lists a repeated Parameter under its first name.
+    """
+
+    def __init__(self, topology: TieTopology):
+        self.topology = topology
+        self._owners: dict[int, torch.nn.Module] = {}
+        self._sites: dict[int, UseSites] = {}
+
+    def attach(self, layer: int, experts: torch.nn.Module) -> torch.nn.Module:
+        """Give `layer`'s expert module its bank; returns the owner's module (`experts` itself for an owner)."""
+        bank = self.topology.bank(layer)
+        if bank.owner == layer:
+            self._owners[bank.index] = experts
+            self._sites[bank.index] = UseSites()
+        owner = self._owners[bank.index]
+        tie(experts, owner)
+        if isinstance(experts, GroupedExperts):
+            experts.share_gradients_of(owner)
+            for shared in experts.shared_gradients().values():
+                shared.use_sites += 1
+        else:
+            self._sites[bank.index].use_sites += 1
+            experts.register_forward_hook(MarkUseSite(self._sites[bank.index]))
+        return owner
+
+
+def tie(experts: torch.nn.Module, owner: torch.nn.Module) -> None:
+    """Make every Parameter of `experts` the one of the same name in `owner`."""
+    if experts is owner:
+        return
+    for follower, source in zip(experts.modules(), owner.modules(), strict=True):
+        for name, parameter in source._parameters.items():
+            follower._parameters[name] = parameter
+
+
+def is_tied(experts: torch.nn.Module, owner: torch.nn.Module) -> bool:
+    """True when every Parameter of `experts` is the owner's."""
+    pairs = zip(experts.parameters(), owner.parameters(), strict=True)
+    return all(own is shared for own, shared in pairs)
+
+
+def gradient_sites(experts: torch.nn.Module) -> dict[UseSites, list[torch.nn.Parameter]]:
+    """What counts the use sites of an owner's weights in backward, each with the weights it stands for."""
+    if isinstance(experts, GroupedExperts):
+        return {shared: [weight] for weight, shared in experts.shared_gradients().items()}
+    marks = [hook for hook in experts._forward_hooks.values() if isinstance(hook, MarkUseSite)]
+    return {mark.sites: list(experts.parameters()) for mark in marks}
+
+
+def describe(bank: Bank) -> str:
+    """How a bank is named in messages, such as `expert bank 2 (layers 2, 3, 4, 5)`."""
+    return f"expert bank {bank.index} (layer{'s' if bank.is_tied else ''} {', '.join(map(str, bank.layers))})"

@@ -1,0 +1,103 @@
+"""The routed experts of one layer as two grouped matrix products (`torch.nn.functional.grouped_mm`)."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import CheckpointWithoutOutput
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.layers.accumulation import GroupedLinear, SharedGradient
+
+_UNSUPPORTED = (
+    "add_bias_linear",
+    "fp8",
+    "fp4",
+    "moe_latent_size",
+    "moe_apply_probs_on_input",
+    "activation_func_clamp_value",
+)
+
+
+def unsupported_options(config: TransformerConfig) -> list[Problem]:
+    """The options of `config` that `GroupedExperts` does not implement."""
+    valid = "is not supported by model.expert_backend: grouped; use sequential or te"
+    return [Problem(f"model.{name}", value, valid) for name in _UNSUPPORTED if (value := getattr(config, name, None))]
+
+
+class GroupedExperts(MegatronModule):
+    """Local experts of one MoE layer; takes the place of Megatron-Core's `TEGroupedMLP` or `SequentialMLP`.
+
+    Parameters: `fc1_weight` [local experts, 2 ffn, hidden], gate rows first ([local experts, ffn, hidden] without
+    a gated activation), and `fc2_weight` [local experts, hidden, ffn], both of `config.params_dtype`. They come
+    uninitialised: `layers.initialization` fills them by global expert index. Raises `ConfigError` for options
+    that only Megatron-Core's own experts implement.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__(config=config)
+        if problems := unsupported_options(config):
+            raise ConfigError(problems)
+        self.num_local_experts = num_local_experts
+        ffn, hidden = config.moe_ffn_hidden_size, config.hidden_size
+        fc1_rows = 2 * ffn if config.gated_linear_unit else ffn
+        self.fc1_weight = self._weight(num_local_experts, fc1_rows, hidden)
+        self.fc2_weight = self._weight(num_local_experts, hidden, ffn)
+        self._recomputes_activation = (
+            config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
+        )
+        self.fc1_gradient = SharedGradient()
+        self.fc2_gradient = SharedGradient()
+
+    def _weight(self, *shape: int) -> torch.nn.Parameter:
+        config = self.config
+        # As Megatron-Core's own layers do: None leaves it to torch's default device, which may be meta.
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        weight = torch.nn.Parameter(torch.empty(*shape, dtype=config.params_dtype, device=device))
+        # Megatron's mark for "reduce over expert-DP, not over DP"; DeepSpeed reads the same attribute.
+        weight.allreduce = config.expert_model_parallel_size == 1
+        return weight
+
+    def shared_gradients(self) -> dict[torch.nn.Parameter, SharedGradient]:
+        """What collects each weight's gradient over the use sites of its bank."""
+        return {self.fc1_weight: self.fc1_gradient, self.fc2_weight: self.fc2_gradient}
+
+    def share_gradients_of(self, owner: GroupedExperts) -> None:
+        """Add this layer's gradients to those of `owner`, whose weights it uses."""
+        self.fc1_gradient, self.fc2_gradient = owner.fc1_gradient, owner.fc2_gradient
+
+    def forward(
+        self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """tokens [n, hidden] sorted by local expert, tokens_per_expert [local experts] int, probs [n] float32.
+
+        Returns ([n, hidden], None), each token's expert output scaled by its routing probability; None stands
+        for the bias, as in Megatron-Core's experts.
+        """
+        offsets = tokens_per_expert.to(tokens.device).cumsum(0).to(torch.int32)
+        hidden = GroupedLinear.apply(tokens, self.fc1_weight, offsets, self.fc1_gradient)
+        if self._recomputes_activation:
+            recompute = CheckpointWithoutOutput()
+            activated = recompute.checkpoint(self._activation, hidden, probs)
+            output = GroupedLinear.apply(activated, self.fc2_weight, offsets, self.fc2_gradient)
+            recompute.discard_output_and_register_recompute(output)
+        else:
+            activated = self._activation(hidden, probs)
+            output = GroupedLinear.apply(activated, self.fc2_weight, offsets, self.fc2_gradient)
+        return output, None
+
+    def _activation(self, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        activation = self.config.activation_func
+        if self.config.gated_linear_unit:
+            gate, up = hidden.chunk(2, dim=-1)
+            activated = activation(gate) * up
+        else:
+            activated = activation(hidden)
+        return (activated * probs.unsqueeze(-1)).to(hidden.dtype)

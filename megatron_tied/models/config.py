@@ -1,0 +1,270 @@
+"""The `model` section of a config: Megatron-Core's field names, a preset, and a few fields of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.models.presets import preset_fields
+from megatron_tied.topology import TieConfig, TieTopology
+
+Balancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"]
+
+# Ours, or arguments of GPTModel: everything else in ModelConfig is a field of TransformerConfig.
+_NOT_TRANSFORMER_FIELDS = frozenset(
+    {
+        "preset",
+        "scale",
+        "activation",
+        "expert_backend",
+        "qk_norm_scope",
+        "qkv_clip",
+        "vocab_size",
+        "max_position_embeddings",
+        "rotary_base",
+        "rotary_percent",
+        "share_embeddings_and_output_weights",
+    }
+)
+
+# TransformerConfig fields that follow from another key of the config file.
+_SAID_ELSEWHERE = {
+    "activation_func": "model.activation",
+    "moe_grouped_gemm": "model.expert_backend",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "params_dtype": "train.precision",
+    "expert_model_parallel_size": "parallel.expert_model_parallel_size",
+    "tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
+    "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
+}
+
+# torch.nn.functional.grouped_mm wants row strides that are multiples of 16 bytes, which is 8 bf16 numbers.
+_GROUPED_ALIGNMENT = 8
+
+
+class ModelConfig(BaseModel):
+    """A Mixture-of-Experts language model. Any other field of TransformerConfig is kept and passed on.
+
+    Defaults are Megatron-Core's, except where every current MoE language model does otherwise: RMSNorm,
+    SwiGLU, no biases, no dropout, all-to-all dispatch. Sizes are counts of numbers, not bytes; those left out
+    are derived as Megatron-Core derives them, so that none of them reads as None.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    preset: str | None = None
+    scale: str | None = None
+
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt | None = None
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    layernorm_epsilon: PositiveFloat = 1e-5
+    activation: Literal["silu", "gelu"] = "silu"
+    gated_linear_unit: bool = True
+    add_bias_linear: bool = False
+    hidden_dropout: NonNegativeFloat = 0.0
+    init_method_std: PositiveFloat = 0.02
+
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt | None = None
+    kv_channels: PositiveInt | None = None
+    add_qkv_bias: bool = False
+    attention_dropout: NonNegativeFloat = 0.0
+    qk_layernorm: bool = False
+    # One norm per head as wide as the head (Qwen3), or one over the whole projection (OLMoE).
+    qk_norm_scope: Literal["head", "projection"] = "head"
+    # Clamps the entries of q, k and v to [-qkv_clip, qkv_clip].
+    qkv_clip: PositiveFloat | None = None
+
+    num_moe_experts: PositiveInt
+    moe_ffn_hidden_size: PositiveInt | None = None
+    moe_layer_freq: PositiveInt | list[Literal[0, 1]] = 1
+    moe_shared_expert_intermediate_size: PositiveInt | None = None
+    moe_shared_expert_gate: bool = False
+    moe_router_topk: PositiveInt = 2
+    moe_router_pre_softmax: bool = False
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_enable_expert_bias: bool = False
+    moe_router_load_balancing_type: Balancing | list[Balancing] = "aux_loss"
+    moe_aux_loss_coeff: NonNegativeFloat | list[NonNegativeFloat] = 0.0
+    moe_z_loss_coeff: NonNegativeFloat | None = None
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    expert_backend: Literal["grouped", "sequential", "te"] = "grouped"
+
+    # None: the tokenizer's, and the sequence length of the training run.
+    vocab_size: PositiveInt | None = None
+    max_position_embeddings: PositiveInt | None = None
+    rotary_base: PositiveInt = 10_000
+    rotary_percent: PositiveFloat = 1.0
+    share_embeddings_and_output_weights: bool = False
+
+    @classmethod
+    def resolve(cls, mapping: Mapping[str, Any]) -> ModelConfig:
+        """Reads a `model` section: the preset's fields, overridden by the keys of `mapping`.
+
+        The result is coherent in itself; whether its extra keys exist, `unknown_fields` says. Raises
+        ConfigError with every problem found, named model.*.
+        """
+        merged = dict(mapping)
+        if mapping.get("preset") is not None:
+            merged = preset_fields(mapping["preset"], mapping.get("scale")) | {
+                key: value for key, value in mapping.items() if key not in ("preset", "scale")
+            }
+        elif mapping.get("scale") is not None:
+            raise ConfigError(Problem("model.scale", mapping["scale"], "must come with a model.preset"))
+        try:
+            config = cls.model_validate(merged)
+        except ValidationError as error:
+            raise ConfigError(_field_problems(error, merged)) from None
+        if problems := config.problems():
+            raise ConfigError(problems)
+        return config
+
+    @model_validator(mode="after")
+    def _derive(self) -> Self:
+        derived = {
+            "ffn_hidden_size": 4 * self.hidden_size,
+            "num_query_groups": self.num_attention_heads,
+            "kv_channels": self.hidden_size // self.num_attention_heads,
+        }
+        derived["moe_ffn_hidden_size"] = self.ffn_hidden_size or derived["ffn_hidden_size"]
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+                self.model_fields_set.discard(name)  # an explicit null asks for the derived size too
+        return self
+
+    def moe_layers(self) -> tuple[int, ...]:
+        """The MoE layers, from 0: every moe_layer_freq-th one starting with the first, or those marked 1."""
+        freq = self.moe_layer_freq
+        pattern = freq if isinstance(freq, list) else [layer % freq == 0 for layer in range(self.num_layers)]
+        return tuple(layer for layer, is_moe in enumerate(pattern) if is_moe)
+
+    def topology(self, tie: TieConfig) -> TieTopology:
+        """The expert banks of this model under `tie`. Raises ConfigError if they do not fit together."""
+        topology = TieTopology.build(tie, self.num_layers, self.moe_layers())
+        if tie.num_tied_experts is not None and tie.num_tied_experts < self.moe_router_topk:
+            valid = f"must be at least model.moe_router_topk = {self.moe_router_topk}"
+            raise ConfigError(Problem("tie.num_tied_experts", tie.num_tied_experts, valid))
+        return topology
+
+    def transformer_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of TransformerConfig; `activation_func` is missing: `activation` names it."""
+        fields = self.model_dump(exclude=set(_NOT_TRANSFORMER_FIELDS))
+        return fields | {"moe_grouped_gemm": self.expert_backend != "sequential"}
+
+    def unknown_fields(self, transformer_config_fields: Iterable[str]) -> list[Problem]:
+        """The keys that are neither ours nor in `transformer_config_fields`, with the nearest name."""
+        known = {*transformer_config_fields, *type(self).model_fields}
+        problems = []
+        for name in sorted(self._extra.keys() - known):
+            close = get_close_matches(name, sorted(known), n=1)
+            hint = f"; did you mean model.{close[0]}?" if close else ""
+            problems.append(Problem(f"model.{name}", self._extra[name], f"is not a model option{hint}"))
+        return problems
+
+    def problems(self) -> list[Problem]:
+        """What is wrong between fields that are each valid alone."""
+        head_size_derived = "kv_channels" not in self.model_fields_set
+        grouped = self.expert_backend == "grouped"
+        whole_projection = self.qk_norm_scope == "projection"
+        shared = self.moe_shared_expert_intermediate_size is not None
+        balancing, coefficient = self.moe_router_load_balancing_type, self.moe_aux_loss_coeff
+        is_list = isinstance(self.moe_layer_freq, list)
+        checks = (
+            (
+                "num_attention_heads",
+                head_size_derived and self.hidden_size % self.num_attention_heads,
+                f"must divide model.hidden_size = {self.hidden_size}, or give model.kv_channels",
+            ),
+            (
+                "num_query_groups",
+                self.num_attention_heads % self.num_query_groups,
+                f"must divide model.num_attention_heads = {self.num_attention_heads}",
+            ),
+            ("kv_channels", self.kv_channels % 2, "must be even, for rotary position embeddings"),
+            ("rotary_percent", self.rotary_percent > 1, "must be at most 1"),
+            (
+                "qk_norm_scope",
+                whole_projection and not (self.qk_layernorm and self.normalization == "RMSNorm"),
+                'must be "head" unless model.qk_layernorm is true and model.normalization is "RMSNorm"',
+            ),
+            (
+                "moe_layer_freq",
+                is_list and len(self.moe_layer_freq) != self.num_layers,
+                f"must have one entry per layer: model.num_layers = {self.num_layers}",
+            ),
+            (
+                "moe_router_topk",
+                self.moe_router_topk > self.num_moe_experts,
+                f"must be at most model.num_moe_experts = {self.num_moe_experts}",
+            ),
+            (
+                "moe_router_pre_softmax",
+                self.moe_router_topk == 1
+                and self.moe_router_score_function == "softmax"
+                and not self.moe_router_pre_softmax,
+                "must be true with model.moe_router_topk = 1: softmax over one expert has no gradient",
+            ),
+            (
+                "moe_router_enable_expert_bias",
+                self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid",
+                'needs model.moe_router_score_function = "sigmoid"',
+            ),
+            (
+                "moe_aux_loss_coeff",
+                isinstance(balancing, list) != isinstance(coefficient, list)
+                or (isinstance(balancing, list) and len(balancing) != len(coefficient)),
+                "must be one number per entry of model.moe_router_load_balancing_type",
+            ),
+            (
+                "recompute_num_layers",
+                self._extra.get("recompute_method") == "uniform"
+                and self.num_layers % (self._extra.get("recompute_num_layers") or 1),
+                f"must divide model.num_layers = {self.num_layers} with model.recompute_method = uniform",
+            ),
+            ("moe_shared_expert_gate", self.moe_shared_expert_gate and not shared, "needs shared experts"),
+            (
+                "add_bias_linear",
+                self.add_bias_linear and (grouped or shared),
+                'must be false with shared experts or model.expert_backend = "grouped"',
+            ),
+            *(
+                (
+                    name,
+                    grouped and getattr(self, name) % _GROUPED_ALIGNMENT,
+                    f'must be a multiple of {_GROUPED_ALIGNMENT} with model.expert_backend = "grouped"',
+                )
+                for name in ("hidden_size", "moe_ffn_hidden_size")
+            ),
+            *((name, name in self._extra, f"is set by {key}") for name, key in _SAID_ELSEWHERE.items()),
+        )
+        return [Problem(f"model.{name}", getattr(self, name), valid) for name, bad, valid in checks if bad]
+
+    @property
+    def _extra(self) -> dict[str, Any]:
+        return self.model_extra or {}
+
+
+def _field_problems(error: ValidationError, mapping: Mapping[str, Any]) -> list[Problem]:
+    """One problem per field; what the members of a union each want is joined by "or"."""
+    wants: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        missing = item["type"] == "missing"
+        want = "given, here or by a model.preset" if missing else item["msg"].removeprefix("Input should be ")
+        wants.setdefault(str(item["loc"][0]), []).append(want)
+    return [Problem(f"model.{name}", mapping.get(name), f"must be {' or '.join(want)}") for name, want in wants.items()]

@@ -1,0 +1,40 @@
+"""Initial weights of a whole model, the same at any data, expert, tensor or ZeRO partitioning."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_tied.layers.initialization import initialize_matrix
+from megatron_tied.layers.moe_layer import tied_layers
+from megatron_tied.layers.tensor_parallel import local_part, mark_tensor_parallel, whole_shape
+
+_OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+@torch.no_grad()
+def initialize_weights(model: torch.nn.Module, config: TransformerConfig, seed: int) -> None:
+    """Fill every matrix of `model` from the stream of its name and every bias with zeros; norm gains stay as made.
+
+    Methods as in Megatron-Core: `output_layer_init_method` for projections back into the residual stream,
+    `embedding_init_method` for the word embedding, `init_method` for the rest.
+    """
+    mark_tensor_parallel(model)
+    experts = {id(weight) for layer in tied_layers(model) for weight in layer.experts.parameters()}
+    for name, weight in model.named_parameters():
+        # Transformer Engine numbers the biases of its grouped experts: bias0, bias1, ...
+        if name.rstrip("0123456789").endswith("bias"):
+            torch.nn.init.zeros_(weight)
+        if weight.dim() < 2 or id(weight) in experts:
+            continue
+        method = config.init_method
+        if name.endswith(_OUTPUT_PROJECTIONS):
+            method = config.output_layer_init_method
+        elif "word_embeddings" in name:
+            method = config.embedding_init_method
+        whole = torch.empty(whole_shape(weight))
+        initialize_matrix(whole, method, seed, name)
+        weight.copy_(local_part(whole, weight))
+    for layer in tied_layers(model):
+        if layer.is_owner:
+            layer.initialize_experts(seed)

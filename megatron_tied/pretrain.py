@@ -1,0 +1,80 @@
+"""Pretraining: `deepspeed --module megatron_tied.pretrain --config FILE [section.field=value ...]`.
+
+Runs under the deepspeed launcher, torchrun, or alone as one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megatron_tied.cli.report import report
+from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.training.config import RunConfig
+from megatron_tied.training.config_file import load_config
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # as shells say it
+_PATIENCE_SECONDS = 10
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One rank of a run; returns the exit code: 2 for bad input, the same on every rank, told once."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        config = _read_config(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        # The hosts of a run may hold different files: the first rank of each tells what it found.
+        return _refuse(error, told_here=int(os.environ.get("LOCAL_RANK", rank)) == 0)
+    try:
+        # Only now: what is wrong with a config is known in a second, torch and DeepSpeed take several.
+        from megatron_tied.training.run import run
+
+        run(config)
+    except ConfigError as error:
+        return _refuse(error, told_here=rank == 0)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print(f"interrupted: {config.train.run_dir} has no summary.json", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _read_config(argv: Sequence[str]) -> RunConfig:
+    arguments = _parser().parse_intermixed_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    if problems := config.problems(int(os.environ.get("WORLD_SIZE", 1))):
+        raise ConfigError(problems)
+    return config
+
+
+def _refuse(error: ConfigError, *, told_here: bool) -> int:
+    if told_here:
+        report(error, sys.stderr)
+    else:
+        # A launcher kills all ranks as soon as one ends: let the one that tells the reason end first.
+        time.sleep(_PATIENCE_SECONDS)
+    return BAD_INPUT
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A mistake on the command line is told like any other, on one rank."""
+        raise ConfigError(Problem("command line", " ".join(sys.argv[1:]), message))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="megatron_tied.pretrain", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file with the run's sections")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace single values")
+    # The deepspeed launcher adds it; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

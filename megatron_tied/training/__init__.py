@@ -1,0 +1,1 @@
+"""The run config, the training loop, schedule and evaluation."""

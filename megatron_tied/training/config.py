@@ -1,0 +1,264 @@
+"""The run config: what `config.yaml` may say, and the checks that need more than one field.
+
+Types and ranges are checked when a RunConfig is made (`config_file.load_config`), everything else by
+`RunConfig.problems`. Paths are relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from megatron_tied.engine.ds_config import (
+    Refusals,
+    RunValues,
+    build_deepspeed_config,
+    deepspeed_problems,
+    refused_keys,
+)
+from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.installed import annotated_type, class_fields
+from megatron_tied.models.config import ModelConfig
+from megatron_tied.topology import TieConfig, TieTopology
+from megatron_tied.training.deepspeed_section import deepspeed_type_problems
+from megatron_tied.training.validation import type_problem
+
+
+def _parse_blend(value: object) -> str | tuple[float | str, ...]:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value and len(value) % 2 == 0:
+        weights, prefixes = value[::2], value[1::2]
+        if all(map(_is_weight, weights)) and all(isinstance(prefix, str) and prefix for prefix in prefixes):
+            return tuple(value)
+    raise ValueError("must be a path prefix or a blend [WEIGHT, PREFIX, WEIGHT, PREFIX, ...], weights > 0")
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _resolve_model(section: object) -> ModelConfig:
+    if isinstance(section, ModelConfig):
+        return section
+    if not isinstance(section, Mapping):
+        raise ValueError("must be a mapping of keys")
+    return ModelConfig.resolve(section)
+
+
+Blend = Annotated[str | tuple[float | str, ...], BeforeValidator(_parse_blend)]
+PathName = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+CountFromZero = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A section of the config file: no unknown key, no conversion (but integer to float), no change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ParallelConfig(Section):
+    """Over how many ranks a layer's experts, its matrices, and the layers themselves are spread."""
+
+    expert_model_parallel_size: Count = 1
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
+
+
+class DataConfig(Section):
+    """What is read. Prefixes are those that `prepare-data` wrote, without .bin and .idx."""
+
+    train: Blend
+    validation: Blend | None = None
+    # Shares of `train` for training and for validation; without effect if `validation` is given.
+    split: tuple[NonNegative, NonNegative] = (0.99, 0.01)
+    tokenizer: PathName | None = None
+    # Where dataset indices are kept; null: beside the data.
+    cache_dir: PathName | None = None
+    num_workers: CountFromZero = 2
+
+
+class TrainConfig(Section):
+    """How long, how much at once, in which precision. Batch sizes are in sequences."""
+
+    run_dir: PathName
+    steps: Count = 1000
+    seq_length: Count = 1024
+    micro_batch_size: Count = 1
+    global_batch_size: Count = 32
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
+    log_every: Count = 10
+    # Steps between evaluations (0: none), and global batches in one evaluation.
+    eval_every: CountFromZero = 100
+    eval_steps: Count = 10
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    # Steps between comparisons of what ranks must hold in common (0: none); a difference ends the run.
+    check_consistency_every: CountFromZero = 0
+    # After a step that was discarded, its gradient norm not being finite; fp16 always goes on: it has a loss scale.
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+
+
+class OptimizerConfig(Section):
+    """AdamW, with linear warm-up, then a cosine from `lr` to `min_lr`. `clip_grad` 0: no clipping."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: Positive = 3e-4
+    min_lr: NonNegative = 0.0
+    weight_decay: NonNegative = 0.1
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    warmup_steps: CountFromZero = 0
+    clip_grad: NonNegative = 1.0
+
+
+class MonitorConfig(Section):
+    """What is written beside metrics.jsonl, every `train.log_every` steps."""
+
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """Everything that one training run is told."""
+
+    model: Annotated[ModelConfig, BeforeValidator(_resolve_model)]
+    tie: TieConfig = TieConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    # What ds_config.json would hold; ZeRO stage 1 unless it says another.
+    deepspeed: dict[str, Any] = {}
+
+    def topology(self) -> TieTopology:
+        """Which layer uses which expert bank. Raises ConfigError."""
+        return self.model.topology(self.tie)
+
+    def gradient_accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per rank and optimizer step."""
+        return max(1, self.train.global_batch_size // (self.train.micro_batch_size * world_size))
+
+    def deepspeed_config(self, world_size: int) -> dict[str, Any]:
+        """The complete ds_config for `world_size` ranks. Raises ConfigError."""
+        return build_deepspeed_config(self.deepspeed, **self._run_values(world_size))
+
+    def problems(self, world_size: int) -> list[Problem]:
+        """Everything that is wrong with this run on `world_size` ranks. Reads no data and builds no model."""
+        return [
+            *self._model_problems(),
+            *self._parallel_problems(world_size),
+            *self._batch_problems(world_size),
+            *self._schedule_problems(),
+            *deepspeed_problems(self.deepspeed, **self._run_values(world_size)),
+            *deepspeed_type_problems(self.deepspeed),
+        ]
+
+    def _run_values(self, world_size: int) -> RunValues:
+        return RunValues(
+            micro_batch_size=self.train.micro_batch_size,
+            global_batch_size=self.train.global_batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps(world_size),
+            clip_grad=self.optimizer.clip_grad,
+            precision=self.train.precision,
+            expert_parallel_size=self.parallel.expert_model_parallel_size,
+        )
+
+    def _model_problems(self) -> Iterator[Problem]:
+        model, fields = self.model, transformer_fields()
+        passed_on = model.model_extra or {}
+        yield from model.problems()
+        yield from model.unknown_fields(fields)
+        yield from refused_keys(passed_on, _REFUSED_MODEL_KEYS, "model")
+        for name in sorted(passed_on.keys() & fields.keys()):
+            wanted = annotated_type(fields[name])
+            if wanted and (problem := type_problem(f"model.{name}", passed_on[name], wanted)):
+                yield problem
+        if model.vocab_size is None and self.data.tokenizer is None:
+            yield Problem("model.vocab_size", None, "must be given, or else data.tokenizer")
+        longest = model.max_position_embeddings
+        if longest is not None and self.train.seq_length > longest:
+            valid = f"must be at most model.max_position_embeddings = {longest}"
+            yield Problem("train.seq_length", self.train.seq_length, valid)
+        try:
+            self.topology()
+        except ConfigError as error:
+            yield from error.problems
+
+    def _parallel_problems(self, world_size: int) -> Iterator[Problem]:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            size = getattr(self.parallel, name)
+            if size != 1:
+                valid = "must be 1: only expert and data parallelism are supported"
+                yield Problem(f"parallel.{name}", size, valid)
+        size = self.parallel.expert_model_parallel_size
+        divided = {"model.num_moe_experts": self.model.num_moe_experts, "the number of processes": world_size}
+        if self.tie.num_tied_experts:
+            divided["tie.num_tied_experts"] = self.tie.num_tied_experts
+        common = math.gcd(*divided.values())
+        valid = ", ".join(str(divisor) for divisor in range(1, common + 1) if common % divisor == 0)
+        for name, count in divided.items():
+            if count % size:
+                field = "parallel.expert_model_parallel_size"
+                yield Problem(field, size, f"must divide {name} = {count}; valid: {valid}")
+
+    def _batch_problems(self, world_size: int) -> Iterator[Problem]:
+        micro, batch = self.train.micro_batch_size, self.train.global_batch_size
+        unit = micro * world_size
+        if batch % unit:
+            below = batch - batch % unit
+            near = f"{below} or {below + unit}" if below else str(unit)
+            product = f"train.micro_batch_size {micro} x {world_size} processes"
+            valid = f"must be a multiple of {unit} = {product}; nearest: {near}"
+            yield Problem("train.global_batch_size", batch, valid)
+
+    def _schedule_problems(self) -> Iterator[Problem]:
+        train, optimizer, data = self.train, self.optimizer, self.data
+        if optimizer.warmup_steps > train.steps:
+            valid = f"must be at most train.steps = {train.steps}"
+            yield Problem("optimizer.warmup_steps", optimizer.warmup_steps, valid)
+        if optimizer.min_lr > optimizer.lr:
+            valid = f"must be at most optimizer.lr = {optimizer.lr}"
+            yield Problem("optimizer.min_lr", optimizer.min_lr, valid)
+        if data.validation is None:
+            for_training, for_validation = data.split
+            if for_training == 0:
+                yield Problem("data.split", list(data.split), "must leave a first share > 0, for training")
+            if train.eval_every and for_validation == 0:
+                valid = "must be 0 without validation data: see data.validation and data.split"
+                yield Problem("train.eval_every", train.eval_every, valid)
+
+
+def transformer_fields() -> Mapping[str, str]:
+    """The fields of Megatron-Core's TransformerConfig, with their annotations as written."""
+    modules = ("megatron.core.transformer.transformer_config", "megatron.core.model_parallel_config")
+    return class_fields("TransformerConfig", *modules)
+
+
+_ONE_RANK = "must be left out: only expert and data parallelism are supported"
+_UNDER_DEEPSPEED = "must be false: gradients would not reach DeepSpeed"
+_SET_BY_US = "must be left out: it has the one value that tied experts work with"
+_NEVER = object()  # equal to nothing: no value of the key is harmless
+
+_REFUSED_MODEL_KEYS: Refusals = {
+    "autocast_dtype": (None, "is set by train.precision"),
+    "calculate_per_token_loss": (False, "must be false: the loss is a mean over each micro-batch"),
+    "context_parallel_size": (1, _ONE_RANK),
+    "delay_wgrad_compute": (False, _UNDER_DEEPSPEED),
+    "enable_autocast": (False, "is set by train.precision"),
+    "expert_tensor_parallel_size": (None, _ONE_RANK),
+    "gradient_accumulation_fusion": (False, _UNDER_DEEPSPEED),
+    "hetereogenous_dist_checkpoint": (_NEVER, _SET_BY_US),
+    "mtp_num_layers": (None, "must be left out: multi-token prediction is not supported"),
+    "multi_latent_attention": (False, "must be false: latent attention is not supported"),
+    "overlap_moe_expert_parallel_comm": (False, "must be false: it needs Megatron's own schedules"),
+    "perform_initialization": (_NEVER, _SET_BY_US),
+    "sequence_parallel": (False, _ONE_RANK),
+    "virtual_pipeline_model_parallel_size": (None, _ONE_RANK),
+}

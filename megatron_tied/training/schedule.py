@@ -1,0 +1,29 @@
+"""The learning rate over the steps of a run."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from megatron_tied.training.config import OptimizerConfig
+
+
+def lr_factor(step: int, steps: int, optimizer: OptimizerConfig) -> float:
+    """What the peak learning rates are multiplied by in `step`, counted from 0.
+
+    A linear warm-up that reaches 1 in its last step, then a cosine that would reach `min_lr / lr` one step after
+    the run: no step is spent at a learning rate of 0.
+    """
+    if step < optimizer.warmup_steps:
+        return (step + 1) / optimizer.warmup_steps
+    floor = optimizer.min_lr / optimizer.lr
+    progress = min(1.0, (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps))
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def lr_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, config: OptimizerConfig
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Multiplies every group's initial learning rate by the same factor, so that LR divisors are kept."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))

@@ -1,0 +1,126 @@
+"""From a checked config to process groups, a run directory and sound data; all ranks agree or all stop."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import torch
+from deepspeed.constants import default_pg_timeout
+
+from megatron_tied.data.checks import check_data
+from megatron_tied.data.tokenizer import SentencePieceTokenizer
+from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.models.gpt import transformer_config
+from megatron_tied.platform.host import share_host_threads
+from megatron_tied.platform.quiet import quiet_deepspeed
+from megatron_tied.training.config import RunConfig
+from megatron_tied.training.config_file import save_config
+from megatron_tied.training.deepspeed_section import refused_by_deepspeed
+
+
+def join_processes() -> None:
+    """Join the other ranks; without a launcher this process is the only rank."""
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= alone | {"MASTER_PORT": str(_free_port())}
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # The deepspeed launcher and torchrun name it differently.
+    share_host_threads(int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    quiet_deepspeed(int(os.environ["RANK"]))
+    # DeepSpeed would do it too, but compiles a kernel first on a CPU host: a wrong path should not take a minute.
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, timeout=default_pg_timeout)
+
+
+def prepare_run(config: RunConfig) -> RunConfig:
+    """Check what a run finds on this machine and make its directory, with `config.yaml`.
+
+    Returns the config, with the tokenizer's vocabulary size where it named none. Raises `ConfigError` on every rank,
+    with the problems of all. A collective.
+    """
+    try:
+        config = _with_vocabulary(config)
+        problems = _local_problems(config)
+    except ConfigError as error:
+        problems = list(error.problems)
+    _agree(problems)
+    _agree(_create_run_directory(config))
+    return config
+
+
+def check_model(config: RunConfig) -> None:
+    """Raise `ConfigError` for what Megatron-Core refuses in the model section; its process groups must exist."""
+    try:
+        transformer_config(config.model, precision=config.train.precision)
+    except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        valid = f"is refused by Megatron-Core: {error}"
+        raise ConfigError(Problem("model", config.model.model_extra, valid)) from None
+
+
+def split_argument(config: RunConfig) -> str | None:
+    """How the data room writes `data.split`; None where the validation data is given."""
+    data = config.data
+    return None if data.validation is not None else ",".join(map(str, data.split))
+
+
+def _with_vocabulary(config: RunConfig) -> RunConfig:
+    if config.model.vocab_size is not None:
+        return config
+    tokenizer = SentencePieceTokenizer.load(config.data.tokenizer, field="data.tokenizer")
+    model = config.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+def _local_problems(config: RunConfig) -> list[Problem]:
+    """What this rank's file system and its DeepSpeed say against the run."""
+    data = config.data
+    problems = check_data(
+        train=data.train,
+        validation=data.validation,
+        split=split_argument(config),
+        tokenizer=data.tokenizer,
+        cache_dir=data.cache_dir,
+        vocab_size=config.model.vocab_size,
+        seq_length=config.train.seq_length,
+    )
+    metrics = Path(config.train.run_dir, "metrics.jsonl")
+    # It is empty after a run that failed before its first step.
+    if metrics.is_file() and metrics.stat().st_size:
+        valid = "holds the metrics of an earlier run: name a new directory, or remove this one"
+        problems.append(Problem("train.run_dir", config.train.run_dir, valid))
+    return problems + refused_by_deepspeed(config.deepspeed)
+
+
+def _agree(problems: list[Problem]) -> None:
+    """Raise `ConfigError` on every rank with the problems of all, or return on every rank. A collective."""
+    everywhere: list[list[Problem]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everywhere, problems)
+    found: list[Problem] = []
+    for problem in (problem for of_rank in everywhere for problem in of_rank):
+        if problem not in found:
+            found.append(problem)
+    if found:
+        raise ConfigError(found)
+
+
+def _create_run_directory(config: RunConfig) -> list[Problem]:
+    if torch.distributed.get_rank() != 0:
+        return []
+    directory = Path(config.train.run_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_config(config, directory / "config.yaml")
+    except OSError as error:
+        return [Problem("train.run_dir", str(directory), f"must be a directory that can be written: {error}")]
+    return []
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,36 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-tied",
+    version="0.1.0.dev0",
+    description="Pretraining of Mixture-of-Experts models with tied experts, on Megatron-Core and DeepSpeed",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_tied", "megatron_tied.*"]),
+    # The ranges of the first three are checked again at run time: megatron_tied/platform/versions.py.
+    install_requires=[
+        "torch>=2.10",
+        "megatron-core>=0.16.1,<0.20",
+        "deepspeed>=0.19.8,<0.20",
+        "ninja",  # DeepSpeed compiles its host communication kernel on first use
+        "numpy",
+        "omegaconf>=2.3",
+        "packaging",
+        "psutil",
+        "pydantic>=2.9",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.16",
+        "tqdm",
+        "zstandard>=0.22",
+    ],
+    extras_require={
+        "test": ["hypothesis", "pytest>=8", "ruff", "safetensors", "transformers>=5"],
+        "hf": ["safetensors", "transformers>=5"],
+        "gpu": ["transformer-engine[pytorch]"],
+    },
+    entry_points={"console_scripts": ["megatron-tied = megatron_tied.cli.main:main"]},
+)

@@ -1,0 +1,1 @@
+"""Independent references that the project is measured against; nothing here imports the project."""

@@ -1,0 +1,109 @@
+"""Where each weight of the reference lives in a Megatron-Core model: names, QKV packing, expert slices.
+
+Written from the published layouts of both sides, and independent of the project's own converters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .reference import ReferenceSpec, Weights
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_PLAIN = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "mlp.router.weight": "mlp.gate.weight",
+    "mlp.experts.fc1_weight": "mlp.experts.gate_up_proj",
+    "mlp.experts.fc2_weight": "mlp.experts.down_proj",
+}
+_OUTSIDE = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+_SEQUENTIAL = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.linear_fc([12])\.weight")
+
+
+def _projections(spec: ReferenceSpec, layer: str) -> list[tuple[str, int]]:
+    """Each projection of a layer's attention, with how many heads one KV group has of it."""
+    per_group = spec.num_heads // spec.num_kv_heads
+    prefix = f"model.layers.{layer}.self_attn."
+    return [
+        (f"{prefix}q_proj.weight", per_group),
+        (f"{prefix}k_proj.weight", 1),
+        (f"{prefix}v_proj.weight", 1),
+    ]
+
+
+def to_megatron(spec: ReferenceSpec, reference: Mapping[str, Tensor], name: str, experts: slice) -> Tensor:
+    """The value of the Megatron parameter `name` on a rank that holds the global `experts`."""
+    if name in _OUTSIDE:
+        return reference[_OUTSIDE[name]]
+    layer, rest = _LAYER.fullmatch(name).groups()
+    prefix = f"model.layers.{layer}."
+    if rest == "self_attention.linear_qkv.weight":
+        parts = [
+            reference[full].view(spec.num_kv_heads, heads * spec.head_dim, spec.hidden_size)
+            for full, heads in _projections(spec, layer)
+        ]
+        return torch.cat(parts, dim=1).flatten(0, 1)
+    if sequential := _SEQUENTIAL.fullmatch(rest):
+        local, which = sequential.groups()
+        fused = "gate_up_proj" if which == "1" else "down_proj"
+        return reference[f"{prefix}mlp.experts.{fused}"][experts][int(local)]
+    value = reference[prefix + _PLAIN[rest]]
+    return value[experts] if ".experts." in rest else value
+
+
+def to_reference(spec: ReferenceSpec, values: Mapping[str, Tensor]) -> Weights:
+    """Reference names and shapes of Megatron parameters (or gradients) that hold ALL experts."""
+    result: Weights = {}
+    stacked: dict[str, dict[int, Tensor]] = {}
+    for name, value in values.items():
+        if name in _OUTSIDE:
+            result[_OUTSIDE[name]] = value
+            continue
+        layer, rest = _LAYER.fullmatch(name).groups()
+        prefix = f"model.layers.{layer}."
+        if rest == "self_attention.linear_qkv.weight":
+            packed = value.view(spec.num_kv_heads, -1, spec.hidden_size)
+            projections = _projections(spec, layer)
+            pieces = packed.split([heads * spec.head_dim for _, heads in projections], dim=1)
+            result |= {full: piece.flatten(0, 1) for (full, _), piece in zip(projections, pieces, strict=True)}
+        elif sequential := _SEQUENTIAL.fullmatch(rest):
+            expert, which = sequential.groups()
+            fused = "gate_up_proj" if which == "1" else "down_proj"
+            stacked.setdefault(f"{prefix}mlp.experts.{fused}", {})[int(expert)] = value
+        else:
+            result[prefix + _PLAIN[rest]] = value
+    for full, experts in stacked.items():
+        result[full] = torch.stack([experts[index] for index in sorted(experts)])
+    return result
+
+
+def tensor_parallel_dim(spec: ReferenceSpec, name: str) -> int | None:
+    """Along which dimension tensor parallel ranks hold consecutive parts of the Megatron parameter `name`, if they do.
+
+    By KV group for `linear_qkv`, by head for the projection behind it and for the norms that span all heads, by token
+    for embedding and output. Experts are whole.
+    """
+    if ".experts." in name:
+        return None
+    if spec.arch == "olmoe" and name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+        return 0
+    if name.endswith(("linear_qkv.weight", "word_embeddings.weight", "output_layer.weight")):
+        return 0
+    return 1 if name.endswith("linear_proj.weight") else None
+
+
+def all_experts_name(name: str, first_expert: int) -> str:
+    """The name of a sequential expert's weight under its global index; other names as they are."""
+    return re.sub(r"(local_experts\.)(\d+)", lambda match: f"{match[1]}{int(match[2]) + first_expert}", name, count=1)
