@@ -16,7 +16,6 @@ setup(
         "torch>=2.10",
         "megatron-core>=0.16.1,<0.20",
         "deepspeed>=0.19.8,<0.20",
-        "ninja",  # DeepSpeed compiles its host communication kernel on first use
         "numpy",
         "omegaconf>=2.3",
         "packaging",

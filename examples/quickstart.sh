@@ -36,7 +36,7 @@ if [ ! -e "$run/summary.json" ]; then
     ranks=2
     export DS_ACCELERATOR=cpu  # the launcher would warn that it found no GPU
   fi
-  echo "Training 200 steps on $ranks ranks (the first run compiles a communication kernel, about a minute) ..."
+  echo "Training 200 steps on $ranks ranks ..."
   # A port that is free now: another job on this machine may hold the launcher's default.
   port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
   deepspeed --quiet --num_accelerators "$ranks" --master_port "$port" \

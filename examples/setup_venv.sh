@@ -9,11 +9,6 @@ python=${PYTHON:-python3}
   echo "error: $("$python" --version) is too old: Python 3.11 or newer is needed (set PYTHON=/path/to/python)" >&2
   exit 2
 }
-command -v c++ >/dev/null || {
-  echo "error: no C++ compiler found: DeepSpeed and Megatron-Core compile small helpers (Debian: apt-get install g++)" >&2
-  exit 2
-}
-
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 stamp=.venv/installed${1:+-$1}
 if [ ! -e "$stamp" ] || [ setup.py -nt "$stamp" ]; then

@@ -13,30 +13,33 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_tied.cli.report import report
-from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.errors import ConfigError, Problem, TrainingStopped
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import load_config
 
+STOPPED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130  # as shells say it
 _PATIENCE_SECONDS = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """One rank of a run; returns the exit code: 2 for bad input, the same on every rank, told once."""
+    """One rank of a run; returns the exit code, the same on every rank: 2 for bad input, told once."""
     rank = int(os.environ.get("RANK", 0))
     try:
         config = _read_config(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
         # The hosts of a run may hold different files: the first rank of each tells what it found.
-        return _refuse(error, told_here=int(os.environ.get("LOCAL_RANK", rank)) == 0)
+        return _end(error, BAD_INPUT, told_here=int(os.environ.get("LOCAL_RANK", rank)) == 0)
     try:
         # Only now: what is wrong with a config is known in a second, torch and DeepSpeed take several.
         from megatron_tied.training.run import run
 
         run(config)
     except ConfigError as error:
-        return _refuse(error, told_here=rank == 0)
+        return _end(error, BAD_INPUT, told_here=rank == 0)
+    except TrainingStopped as error:
+        return _end(error, STOPPED, told_here=rank == 0)
     except KeyboardInterrupt:
         if rank == 0:
             print(f"interrupted: {config.train.run_dir} has no summary.json", file=sys.stderr)
@@ -52,13 +55,15 @@ def _read_config(argv: Sequence[str]) -> RunConfig:
     return config
 
 
-def _refuse(error: ConfigError, *, told_here: bool) -> int:
-    if told_here:
-        report(error, sys.stderr)
-    else:
+def _end(error: ConfigError | TrainingStopped, code: int, *, told_here: bool) -> int:
+    if not told_here:
         # A launcher kills all ranks as soon as one ends: let the one that tells the reason end first.
         time.sleep(_PATIENCE_SECONDS)
-    return BAD_INPUT
+    elif isinstance(error, ConfigError):
+        report(error, sys.stderr)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    return code
 
 
 class _Parser(argparse.ArgumentParser):

@@ -82,8 +82,7 @@ class Staging:
         # With its metadata still staged, a run died while renaming: the other files are remnants of it.
         remnants = self.path(".json").exists() and not self._final(".json").exists()
         existing = [str(self._final(suffix)) for suffix in self._own if self._final(suffix).exists()]
-        unfinished = remnants or existing == [str(self._final(".bin"))]
-        if existing and not unfinished and not self._overwrite:
+        if existing and not remnants and not self._overwrite:
             shutil.rmtree(self.directory)
             raise ConfigError(self._problem(f"exists ({', '.join(existing)}); --overwrite replaces it"))
 

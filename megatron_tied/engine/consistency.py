@@ -48,7 +48,7 @@ def _differing(tensors: dict[str, torch.Tensor], group: torch.distributed.Proces
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
     """Two int64 sums over a tensor's bits, one of them weighted by position: [2]. Any single flipped bit changes it."""
-    bits = tensor.detach().contiguous().view(torch.uint8).flatten()
+    bits = tensor.detach().contiguous().flatten().view(torch.uint8)
     padding = -bits.numel() % 4
     words = torch.nn.functional.pad(bits, (0, padding)).view(torch.int32).to(torch.int64)
     weights = torch.arange(1, words.numel() + 1, device=words.device)

@@ -20,8 +20,8 @@ Refusals = Mapping[str, tuple[object, str]]
 
 _NO_EFFECT_ON_DATA = "has no effect: data is read by Megatron-Core's datasets, see the data section"
 _ONE_SCALE = "would scale expert and other gradients differently"
-_MIXES_EXPERTS = "with expert parallelism: DeepSpeed would reduce over ranks that hold different experts"
-_NO_EXPERT_GROUPS = "with expert parallelism: ZeRO++ knows no expert groups"
+_MIXES_EXPERTS = "with expert or tensor parallelism: DeepSpeed would reduce experts over the wrong ranks"
+_NO_EXPERT_GROUPS = "with expert or tensor parallelism: ZeRO++ knows no expert groups"
 
 _REFUSED: Refusals = {
     "activation_checkpointing": (None, "has no effect: use model.recompute_granularity"),
@@ -54,7 +54,7 @@ _REFUSED_ZERO: Refusals = {
     "zenflow": (None, "must be left out: it updates parameters out of step and knows no expert groups"),
 }
 
-_REFUSED_ZERO_WITH_EXPERT_PARALLELISM: Refusals = {
+_REFUSED_ZERO_WITH_EXPERT_GROUPS: Refusals = {
     "contiguous_gradients": (True, f"must be true {_MIXES_EXPERTS}"),
     "reduce_scatter": (True, f"must be true {_MIXES_EXPERTS}"),
     "zero_hpz_partition_size": (1, f"must be 1 {_NO_EXPERT_GROUPS}"),
@@ -83,6 +83,7 @@ class RunValues(TypedDict):
     clip_grad: float
     precision: Literal["fp32", "bf16", "fp16"]
     expert_parallel_size: int
+    tensor_parallel_size: int
 
 
 class _Stated(NamedTuple):
@@ -126,7 +127,11 @@ def deepspeed_problems(user: Mapping[str, Any], **run: Unpack[RunValues]) -> lis
         *_unknown(sections["zero_optimization"], _zero_keys(), "deepspeed.zero_optimization"),
         *refused_keys(stated, _REFUSED, "deepspeed"),
         *_contradictions(stated, run),
-        *_zero_problems(sections["zero_optimization"], run),
+        *zero_problems(
+            {"stage": 1, **sections["zero_optimization"]},
+            precision=run["precision"],
+            sharded=max(run["expert_parallel_size"], run["tensor_parallel_size"]) > 1,
+        ),
     ]
 
 
@@ -169,20 +174,27 @@ def _contradictions(user: Mapping[str, Any], run: RunValues) -> Iterator[Problem
             yield Problem(".".join(("deepspeed", *path)), said, valid)
 
 
-def _zero_problems(zero: Mapping[str, Any], run: RunValues) -> Iterator[Problem]:
+def zero_problems(zero: Mapping[str, Any], *, precision: str, sharded: bool) -> Iterator[Problem]:
+    """What in a `zero_optimization` section would lose, mix or mis-scale gradients, or is no stage.
+
+    `sharded`: whether ranks hold different experts or parts of matrices (expert or tensor parallelism).
+    """
     field = "deepspeed.zero_optimization"
     yield from refused_keys(zero, _REFUSED_ZERO, field)
-    stage = zero.get("stage", 1)
+    stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         yield Problem(f"{field}.stage", stage, "must be 0, 1, 2 or 3")
-    if run["expert_parallel_size"] > 1:
-        yield from refused_keys(zero, _REFUSED_ZERO_WITH_EXPERT_PARALLELISM, field)
-        if stage == 0 and run["precision"] != "fp32":
-            valid = (
-                f"must be 1, 2 or 3 with expert parallelism and train.precision = {run['precision']!r}: "
-                "DeepSpeed's stage 0 clips by each rank's own gradient norm in half precision"
-            )
-            yield Problem(f"{field}.stage", stage, valid)
+    if sharded:
+        yield from refused_keys(zero, _REFUSED_ZERO_WITH_EXPERT_GROUPS, field)
+    if stage == 0 and precision == "fp16":
+        valid = "must be 1, 2 or 3 with fp16: DeepSpeed's stage 0 unscales gradients of a loss that it did not scale"
+        yield Problem(f"{field}.stage", stage, valid)
+    elif stage == 0 and precision == "bf16" and sharded:
+        valid = (
+            "must be 1, 2 or 3 with bf16 and expert or tensor parallelism: DeepSpeed's stage 0 clips by a mean of "
+            "norms with one rank's experts each"
+        )
+        yield Problem(f"{field}.stage", stage, valid)
 
 
 def _zero_keys() -> Set[str]:

@@ -109,7 +109,7 @@ class TiedMoEEngine(DeepSpeedEngine):
         self.global_samples += self.train_batch_size()
 
     def clip_fp32_gradients(self) -> None:
-        """Clip by the true global norm; upstream clips by the norm of each rank's own experts."""
+        """Clip by the true global norm; upstream clips by a mean of norms with one rank's experts each."""
         clip_gradients(self.module.parameters(), self._global_grad_norm, self.gradient_clipping())
 
     def _is_plain_fp32(self) -> bool:

@@ -17,8 +17,7 @@ def global_gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> float:
     """L2 norm over the parameters of all ranks, the same number on every rank.
 
     To be called when gradients are reduced: each counts once, however many ranks hold it. DeepSpeed's stage 0 takes
-    each rank's own experts instead, so that ranks clip by different factors and their replicated parameters come
-    apart.
+    the mean over ranks of norms that know one rank's experts each, which is too small.
     """
     total = torch.zeros((), device=device())
     for parameter in parameters:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from types import ModuleType
 
 import deepspeed
@@ -14,13 +12,13 @@ from megatron.core import parallel_state
 from megatron_tied.engine import mpu
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.layers.moe_layer import tied_layers
+from megatron_tied.platform.cpu import skip_inference_kernel
 
 
 def start_distributed() -> None:
     """Start torch.distributed, and DeepSpeed's communication on top of it, each unless somebody has."""
-    # On a CPU host every rank would print that a communication kernel was built.
-    with contextlib.redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(verbose=False)
+    skip_inference_kernel()
+    deepspeed.init_distributed(verbose=False)
 
 
 def initialize_model_parallel(expert_model_parallel_size: int = 1, tensor_model_parallel_size: int = 1) -> None:
@@ -40,7 +38,8 @@ def initialize_model_parallel(expert_model_parallel_size: int = 1, tensor_model_
     if wrong:
         valid = f"must divide the world size {world}"
         raise ConfigError([Problem(f"parallel.{name}", size, valid) for name, size in wrong.items()])
-    parallel_state.initialize_model_parallel(**sizes, expert_tensor_parallel_size=1)
+    # The extra gloo groups serve Megatron's own distributed optimizer; every group keeps threads of its own.
+    parallel_state.initialize_model_parallel(**sizes, expert_tensor_parallel_size=1, create_gloo_process_groups=False)
 
 
 def expert_group_name() -> str:
@@ -49,7 +48,7 @@ def expert_group_name() -> str:
 
 
 def model_parallel_unit() -> ModuleType | None:
-    """What DeepSpeed asks for its groups with tensor parallelism, None without: each data parallel rank is one process."""
+    """What DeepSpeed asks for its groups with tensor parallelism; None without, when it makes data parallel ones."""
     return mpu if parallel_state.get_tensor_model_parallel_world_size() > 1 else None
 
 

@@ -19,10 +19,11 @@ class ProjectionRMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: int):
         super().__init__(heads // config.tensor_model_parallel_size * hidden_size, eps=eps)
         self.width = heads * hidden_size
+        self.is_whole = config.tensor_model_parallel_size == 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         projection = x.flatten(-2)
-        if self.weight.numel() == self.width:
+        if self.is_whole:
             return super().forward(projection).view_as(x)
         group = parallel_state.get_tensor_model_parallel_group()
         squares = _SumOverRanks.apply(projection.float().square().sum(-1, keepdim=True), group)
@@ -31,7 +32,7 @@ class ProjectionRMSNorm(torch.nn.RMSNorm):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """A sum that every rank goes on with: its gradient is the sum of what the ranks' losses depend on it."""
+    """A sum that every rank goes on with, and whose gradient every rank has a part of."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:

@@ -14,8 +14,8 @@ class ExpertBanks:
 
     The layers of a tie group have separate expert modules that hold the SAME Parameters. Separate modules,
     because DeepSpeed's ZeRO 3 releases a module's weights after its own backward: a shared module would keep a
-    bank gathered from its first use to the end of the pass. The Parameters are listed, saved and optimised once,
-    under the owner, since PyTorch lists a repeated Parameter under its first name.
+    bank gathered from its first use to the end of the pass. The Parameters are listed and optimised once, under
+    the owner, since PyTorch lists a repeated Parameter under its first name; a `state_dict` names them in every layer.
     """
 
     def __init__(self, topology: TieTopology):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, Self
@@ -162,6 +163,13 @@ class ModelConfig(BaseModel):
             raise ConfigError(Problem("tie.num_tied_experts", tie.num_tied_experts, valid))
         return topology
 
+    def cut_by_tensor_parallelism(self) -> dict[str, int]:
+        """What tensor parallel ranks divide evenly, by its key: heads, vocabulary, width of dense and shared MLPs."""
+        has_dense_layers = len(self.moe_layers()) < self.num_layers
+        names = ["num_attention_heads", "num_query_groups", "vocab_size", "moe_shared_expert_intermediate_size"]
+        names += ["ffn_hidden_size"] if has_dense_layers else []
+        return {f"model.{name}": count for name in names if (count := getattr(self, name)) is not None}
+
     def transformer_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of TransformerConfig; `activation_func` is missing: `activation` names it."""
         fields = self.model_dump(exclude=set(_NOT_TRANSFORMER_FIELDS))
@@ -258,6 +266,17 @@ class ModelConfig(BaseModel):
     @property
     def _extra(self) -> dict[str, Any]:
         return self.model_extra or {}
+
+
+def indivisible(field: str, size: int, divided: Mapping[str, int]) -> list[Problem]:
+    """A problem for each count in `divided` that `size`, the value of `field`, does not divide."""
+    common = math.gcd(*divided.values())
+    valid = ", ".join(str(divisor) for divisor in range(1, common + 1) if common % divisor == 0)
+    return [
+        Problem(field, size, f"must divide {name} = {count}; valid: {valid}")
+        for name, count in divided.items()
+        if count % size
+    ]
 
 
 def _field_problems(error: ValidationError, mapping: Mapping[str, Any]) -> list[Problem]:

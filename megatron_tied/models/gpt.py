@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.experts import HAVE_TE
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.models.config import ModelConfig
+from megatron_tied.models.config import ModelConfig, indivisible
 from megatron_tied.models.initialization import initialize_weights
 from megatron_tied.models.spec import tied_decoder_block_spec, use_projection_norm, use_qkv_clip
 from megatron_tied.topology import TieConfig
@@ -24,7 +24,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def transformer_config(model: ModelConfig, *, precision: str = "fp32") -> TransformerConfig:
-    """The Megatron-Core config of `model` on this host and in the process groups at hand."""
+    """The Megatron-Core config of `model` on this host and in the process groups at hand.
+
+    Raises `ConfigError` for what tensor parallel ranks cannot divide evenly.
+    """
     on_cpu = not torch.cuda.is_available()
     host = {
         "use_cpu_initialization": on_cpu,
@@ -32,6 +35,9 @@ def transformer_config(model: ModelConfig, *, precision: str = "fp32") -> Transf
         "bias_activation_fusion": not on_cpu,
     }
     tensor_parallel_size = parallel_state.get_tensor_model_parallel_world_size()
+    field = "parallel.tensor_model_parallel_size"
+    if problems := indivisible(field, tensor_parallel_size, model.cut_by_tensor_parallelism()):
+        raise ConfigError(problems)
     ours = {
         "activation_func": _ACTIVATIONS[model.activation],
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),

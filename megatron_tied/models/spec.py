@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.moe.experts import HAVE_TE
@@ -54,8 +52,7 @@ def tied_decoder_block_spec(
     block.layer_specs = [
         _tied_layer(spec, first + index, banks, experts) for index, spec in enumerate(block.layer_specs)
     ]
-    for submodules in (block, *_layer_submodules(block)):
-        _allow_sequence_parallel_norms(submodules)
+    _allow_sequence_parallel_norms(block)
     return block
 
 
@@ -70,16 +67,14 @@ def _tied_layer(layer: ModuleSpec, index: int, banks: ExpertBanks, experts: Modu
     return layer
 
 
-def _layer_submodules(block: TransformerBlockSubmodules) -> Iterator[Any]:
+def _allow_sequence_parallel_norms(block: TransformerBlockSubmodules) -> None:
+    parts = [block]
     for layer in block.layer_specs:
-        yield layer.submodules
-        yield layer.submodules.self_attention.submodules
-
-
-def _allow_sequence_parallel_norms(submodules: Any) -> None:
-    for name, module in vars(submodules).items():
-        if module is WrappedTorchNorm:
-            setattr(submodules, name, TorchNorm)
+        parts += [layer.submodules, layer.submodules.self_attention.submodules]
+    for part in parts:
+        for name, module in vars(part).items():
+            if module is WrappedTorchNorm:
+                setattr(part, name, TorchNorm)
 
 
 def use_projection_norm(block: TransformerBlockSubmodules, heads: int, query_groups: int) -> None:

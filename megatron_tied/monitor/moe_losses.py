@@ -34,7 +34,7 @@ class MoELosses:
 
 
 def take_moe_losses(config: TransformerConfig, moe_layers: int, micro_batches: int) -> MoELosses:
-    """The losses tracked since the last call, which are forgotten; a collective over data parallel ranks.
+    """The losses tracked since the last call, which are forgotten; a collective over data and tensor parallel ranks.
 
     `micro_batches` is how many this rank has run since then. Source: `track_moe_metrics` of Megatron-Core, which
     reduces with an operation that gloo lacks and does not average the z-loss over ranks.
@@ -65,8 +65,8 @@ def _coefficients(config: TransformerConfig) -> dict[str, float]:
 def _layer_sum(entry: dict | None, device: torch.device) -> torch.Tensor:
     if entry is None:
         return torch.zeros((), device=device)
-    # The balancing losses of tensor and context parallel ranks are parts of one sum.
     values = entry["values"].sum()
-    if entry.get("reduce_group") is not None and not entry.get("reduce_group_has_dp"):
-        torch.distributed.all_reduce(values, group=entry["reduce_group"])
+    # Tensor and context parallel ranks have parts of one balancing loss, but a z-loss each.
+    if entry.get("reduce_group") is not None:
+        torch.distributed.all_reduce(values, group=parallel_state.get_tensor_and_context_parallel_group())
     return values.to(device)

@@ -7,7 +7,9 @@ assumptions; a shim whose reason is gone should go too.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
+from importlib import import_module
 
 import torch
 
@@ -83,9 +85,24 @@ def _shim_dispatcher() -> None:
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none on a CPU host"
 
 
+def skip_inference_kernel() -> None:
+    """Keep DeepSpeed from compiling, in each new environment of a CPU host, an all-reduce that only inference uses.
+
+    It takes a C++ compiler half a minute. To be called before `deepspeed.init_distributed`.
+    """
+    # Not `from deepspeed.comm import torch`: that name is PyTorch's.
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+
+
+def _silence_cuda_advice() -> None:
+    """Megatron-Core recommends CUDA_DEVICE_MAX_CONNECTIONS=1 to whoever uses sequence parallelism."""
+    warnings.filterwarnings("ignore", message="When using sequence parallelism it is recommended")
+
+
 def install_shims() -> None:
     """Install every shim of this module, once."""
     _shim_torch_cuda()
     _import_without_compiling()
     _shim_rng()
     _shim_dispatcher()
+    _silence_cuda_advice()

@@ -21,7 +21,7 @@ from megatron_tied.engine.ds_config import (
 )
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.installed import annotated_type, class_fields
-from megatron_tied.models.config import ModelConfig
+from megatron_tied.models.config import ModelConfig, indivisible
 from megatron_tied.topology import TieConfig, TieTopology
 from megatron_tied.training.deepspeed_section import deepspeed_type_problems
 from megatron_tied.training.validation import type_problem
@@ -70,6 +70,7 @@ class ParallelConfig(Section):
     expert_model_parallel_size: Count = 1
     tensor_model_parallel_size: Count = 1
     pipeline_model_parallel_size: Count = 1
+    context_parallel_size: Count = 1
 
 
 class DataConfig(Section):
@@ -141,9 +142,14 @@ class RunConfig(Section):
         """Which layer uses which expert bank. Raises ConfigError."""
         return self.model.topology(self.tie)
 
+    def data_parallel_size(self, world_size: int) -> int:
+        """Over how many groups of tensor parallel ranks a global batch is spread."""
+        return max(1, world_size // self.parallel.tensor_model_parallel_size)
+
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step."""
-        return max(1, self.train.global_batch_size // (self.train.micro_batch_size * world_size))
+        at_once = self.train.micro_batch_size * self.data_parallel_size(world_size)
+        return max(1, self.train.global_batch_size // at_once)
 
     def deepspeed_config(self, world_size: int) -> dict[str, Any]:
         """The complete ds_config for `world_size` ranks. Raises ConfigError."""
@@ -168,6 +174,7 @@ class RunConfig(Section):
             clip_grad=self.optimizer.clip_grad,
             precision=self.train.precision,
             expert_parallel_size=self.parallel.expert_model_parallel_size,
+            tensor_parallel_size=self.parallel.tensor_model_parallel_size,
         )
 
     def _model_problems(self) -> Iterator[Problem]:
@@ -192,29 +199,27 @@ class RunConfig(Section):
             yield from error.problems
 
     def _parallel_problems(self, world_size: int) -> Iterator[Problem]:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            size = getattr(self.parallel, name)
+        parallel, processes = self.parallel, {"the number of processes": world_size}
+        for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+            size = getattr(parallel, name)
             if size != 1:
-                valid = "must be 1: only expert and data parallelism are supported"
-                yield Problem(f"parallel.{name}", size, valid)
-        size = self.parallel.expert_model_parallel_size
-        divided = {"model.num_moe_experts": self.model.num_moe_experts, "the number of processes": world_size}
+                yield Problem(f"parallel.{name}", size, f"must be 1: only {_SUPPORTED} parallelism are supported")
+        experts = {"model.num_moe_experts": self.model.num_moe_experts, **processes}
         if self.tie.num_tied_experts:
-            divided["tie.num_tied_experts"] = self.tie.num_tied_experts
-        common = math.gcd(*divided.values())
-        valid = ", ".join(str(divisor) for divisor in range(1, common + 1) if common % divisor == 0)
-        for name, count in divided.items():
-            if count % size:
-                field = "parallel.expert_model_parallel_size"
-                yield Problem(field, size, f"must divide {name} = {count}; valid: {valid}")
+            experts["tie.num_tied_experts"] = self.tie.num_tied_experts
+        yield from indivisible("parallel.expert_model_parallel_size", parallel.expert_model_parallel_size, experts)
+        # The sequence, because norms and routers work on a part of it.
+        cut = {**self.model.cut_by_tensor_parallelism(), "train.seq_length": self.train.seq_length, **processes}
+        yield from indivisible("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size, cut)
 
     def _batch_problems(self, world_size: int) -> Iterator[Problem]:
         micro, batch = self.train.micro_batch_size, self.train.global_batch_size
-        unit = micro * world_size
+        data_parallel = self.data_parallel_size(world_size)
+        unit = micro * data_parallel
         if batch % unit:
             below = batch - batch % unit
             near = f"{below} or {below + unit}" if below else str(unit)
-            product = f"train.micro_batch_size {micro} x {world_size} processes"
+            product = f"train.micro_batch_size {micro} x {data_parallel} data parallel ranks"
             valid = f"must be a multiple of {unit} = {product}; nearest: {near}"
             yield Problem("train.global_batch_size", batch, valid)
 
@@ -241,7 +246,8 @@ def transformer_fields() -> Mapping[str, str]:
     return class_fields("TransformerConfig", *modules)
 
 
-_ONE_RANK = "must be left out: only expert and data parallelism are supported"
+_SUPPORTED = "expert, tensor and data"
+_ONE_RANK = f"must be left out: only {_SUPPORTED} parallelism are supported"
 _UNDER_DEEPSPEED = "must be false: gradients would not reach DeepSpeed"
 _SET_BY_US = "must be left out: it has the one value that tied experts work with"
 _NEVER = object()  # equal to nothing: no value of the key is harmless
@@ -252,13 +258,13 @@ _REFUSED_MODEL_KEYS: Refusals = {
     "context_parallel_size": (1, _ONE_RANK),
     "delay_wgrad_compute": (False, _UNDER_DEEPSPEED),
     "enable_autocast": (False, "is set by train.precision"),
-    "expert_tensor_parallel_size": (None, _ONE_RANK),
+    "expert_tensor_parallel_size": (None, "must be left out: experts are whole on every tensor parallel rank"),
     "gradient_accumulation_fusion": (False, _UNDER_DEEPSPEED),
     "hetereogenous_dist_checkpoint": (_NEVER, _SET_BY_US),
     "mtp_num_layers": (None, "must be left out: multi-token prediction is not supported"),
     "multi_latent_attention": (False, "must be false: latent attention is not supported"),
     "overlap_moe_expert_parallel_comm": (False, "must be false: it needs Megatron's own schedules"),
     "perform_initialization": (_NEVER, _SET_BY_US),
-    "sequence_parallel": (False, _ONE_RANK),
+    "sequence_parallel": (False, "must be left out: it comes with parallel.tensor_model_parallel_size > 1"),
     "virtual_pipeline_model_parallel_size": (None, _ONE_RANK),
 }

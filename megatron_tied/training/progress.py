@@ -36,9 +36,10 @@ class Progress:
         if not self._bar.disable:
             self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
             return
+        left = tqdm.format_interval((self._steps - step) * metrics["step_seconds"])
         self.say(
             f"step {step}/{self._steps}  loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  "
-            f"lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tokens/s"
+            f"lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tokens/s  {left} left"
         )
 
     def say(self, line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -26,8 +27,10 @@ def run(config: RunConfig) -> None:
     join_processes()
     try:
         config = prepare_run(config)
-        initialize_model_parallel(config.parallel.expert_model_parallel_size)
+        parallel = config.parallel
+        initialize_model_parallel(parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size)
         check_model(config)
+        _say(_introduction(config))
         _run(config)
     finally:
         torch.distributed.destroy_process_group()
@@ -38,6 +41,7 @@ def _run(config: RunConfig) -> None:
     directory = Path(config.train.run_dir)
     datasets = _datasets(config)
     engine, figures = _engine(config)
+    _say(f"{config.topology().describe()}; {figures['unique']:,} parameters, untied {figures['untied']:,}")
     with _sinks(config, directory) as sinks:
         results = train(config, engine, datasets, sinks)
     if torch.distributed.get_rank() == 0:
@@ -50,6 +54,24 @@ def _run(config: RunConfig) -> None:
             **results,
         }
         write_summary(directory / "summary.json", summary)
+    _say(f"finished in {time.monotonic() - started:.0f} s: {directory / 'summary.json'}")
+
+
+def _introduction(config: RunConfig) -> str:
+    train, world_size = config.train, torch.distributed.get_world_size()
+    stage = config.deepspeed_config(world_size)["zero_optimization"]["stage"]
+    parallel = f"expert parallel {config.parallel.expert_model_parallel_size}"
+    if (size := config.parallel.tensor_model_parallel_size) > 1:
+        parallel += f", tensor parallel {size}"
+    return (
+        f"{train.run_dir}: {train.steps:,} steps of {train.global_batch_size:,} x {train.seq_length:,} tokens; "
+        f"processes {world_size}, {parallel}, ZeRO {stage}, {train.precision}"
+    )
+
+
+def _say(line: str) -> None:
+    if torch.distributed.get_rank() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _datasets(config: RunConfig) -> Datasets:

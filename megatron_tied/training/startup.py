@@ -7,10 +7,10 @@ import socket
 from pathlib import Path
 
 import torch
-from deepspeed.constants import default_pg_timeout
 
 from megatron_tied.data.checks import check_data
 from megatron_tied.data.tokenizer import SentencePieceTokenizer
+from megatron_tied.engine.groups import start_distributed
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.gpt import transformer_config
 from megatron_tied.platform.host import share_host_threads
@@ -30,9 +30,7 @@ def join_processes() -> None:
     # The deepspeed launcher and torchrun name it differently.
     share_host_threads(int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1))
     quiet_deepspeed(int(os.environ["RANK"]))
-    # DeepSpeed would do it too, but compiles a kernel first on a CPU host: a wrong path should not take a minute.
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, timeout=default_pg_timeout)
+    start_distributed()
 
 
 def prepare_run(config: RunConfig) -> RunConfig:

@@ -28,6 +28,20 @@ def test_help_lists_the_commands_and_imports_nothing_heavy():
     assert "heavy: []" in done.stdout
 
 
+def test_training_explains_itself_without_loading_torch():
+    code = (
+        "import sys\n"
+        "from megatron_tied.pretrain import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        f"print('heavy:', sorted(sys.modules.keys() & {HEAVY!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "deepspeed --module megatron_tied.pretrain --config FILE [section.field=value ...]" in done.stdout
+    assert "local_rank" not in done.stdout
+    assert "heavy: []" in done.stdout
+
+
 def test_version(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as end:
         cli.main(["--version"])

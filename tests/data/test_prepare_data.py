@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_tied.cli.main import main
+from megatron_tied.data import encode
 from megatron_tied.data import prepare as room
 from megatron_tied.data.metadata import Index, Metadata
 from megatron_tied.data.prepare import prepare_data
@@ -94,8 +95,12 @@ def test_a_directory_of_mixed_files(tmp_path: Path, model: Path, tokenizer: Sent
 
 def test_the_files_do_not_depend_on_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "_BYTES_WORTH_A_WORKER", 1)
-    inputs = [tmp_path / "a.txt", write_jsonl(tmp_path / "b.jsonl", [make_text(n, n) for n in range(800)])]
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 10_000)
+    inputs = [tmp_path / "a.txt", write_jsonl(tmp_path / "b.jsonl", [make_text(n, n) for n in range(300)])]
     inputs[0].write_text(make_text(300_000))
+    for number in range(40):
+        inputs.append(tmp_path / f"{number}.txt")
+        inputs[-1].write_text(make_text(1000, number))
     results = []
     for workers in (1, 3):
         prefix = tmp_path / str(workers) / "x"
@@ -171,6 +176,14 @@ def test_a_prefix_that_another_run_is_writing(tmp_path: Path, model: Path) -> No
             prepare_data([source], tmp_path / "x", tokenizer=model)
         assert staging.path(".bin").read_bytes() == b"half"
     assert leftovers(tmp_path) == []
+
+
+def test_what_a_killed_run_staged_is_forgotten(tmp_path: Path, model: Path) -> None:
+    staged = tmp_path / ".x.partial"
+    staged.mkdir()
+    (staged / "x.model").write_bytes(b"half")
+    prepare_data([write_jsonl(tmp_path / "x.jsonl", ["one"])], tmp_path / "x", tokenizer=model)
+    assert leftovers(tmp_path) == ["x.bin", "x.idx", "x.json"]
 
 
 @pytest.mark.parametrize("renamed", range(4))

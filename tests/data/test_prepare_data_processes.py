@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
+from megatron_tied.data import encode
 from tests.data.corpus import make_text
 
 COMMAND = [sys.executable, "-m", "megatron_tied.cli.main", "prepare-data"]
@@ -73,6 +76,12 @@ for name in sys.argv[2:]:
     assert main(["prepare-data", "--input", name, "--output", name, "--tokenizer", sys.argv[1], "--workers", "1"]) == 0
 print(peak_mib() - before)
 """
+
+
+def test_workers_leave_the_interrupt_to_their_parent(model: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, encode._start_worker, (model.read_bytes(), "text")) as pool:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() is signal.SIG_IGN
 
 
 @pytest.mark.parametrize("megabytes", [60, pytest.param(1000, marks=pytest.mark.slow)])

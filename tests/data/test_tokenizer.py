@@ -117,7 +117,7 @@ def test_training_takes_no_more_text_than_allowed() -> None:
 
 
 def test_training_keeps_long_lines() -> None:
-    line = "zébrâ " * 10_000  # its pieces of 4096 characters are longer than SentencePiece takes by default
+    line = "zébrâ " * 4096  # cut into pieces of 4096 characters, longer than SentencePiece takes by default
     assert len(train_tokenizer([line], 275).encode(" zébrâ zébrâ")) == 2
 
 

@@ -17,7 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 import megatron_tied as mt
 from megatron_tied.monitor.moe_losses import take_moe_losses
-from tests.oracle.names import all_experts_name, tensor_parallel_dim, to_megatron, to_reference
+from tests.oracle.names import (
+    all_experts_name,
+    join_tensor_parallel,
+    tensor_parallel_dim,
+    to_megatron,
+    to_reference,
+)
 from tests.oracle.reference import ReferenceSpec, Weights
 
 # A small eps would let AdamW amplify the rounding of near-zero gradients beyond the tolerances.
@@ -82,12 +88,16 @@ def model_config(spec: ReferenceSpec, case: Case) -> mt.ModelConfig:
 
 @contextmanager
 def model_parallel(ep: int, tp: int = 1) -> Iterator[None]:
-    """Process groups for one case; the next case may ask for other sizes."""
-    mt.initialize_model_parallel(ep, tp)
-    try:
-        yield
-    finally:
+    """Process groups for one case. Those of the case before serve again if they fit: each set keeps many threads."""
+    if not parallel_state.model_parallel_is_initialized() or _sizes() != (ep, tp):
         parallel_state.destroy_model_parallel()
+        mt.initialize_model_parallel(ep, tp)
+    yield
+
+
+def _sizes() -> tuple[int, int]:
+    expert = parallel_state.get_expert_model_parallel_world_size()
+    return expert, parallel_state.get_tensor_model_parallel_world_size()
 
 
 def local_experts(model: torch.nn.Module) -> slice:
@@ -104,27 +114,34 @@ def load_reference(model: torch.nn.Module, spec: ReferenceSpec, start: Weights) 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = to_megatron(spec, start, name, experts)
-            dim = tensor_parallel_dim(spec, name)
+            dim = tensor_parallel_dim(name, projection_norm=spec.arch == "olmoe")
             parameter.copy_(value if dim is None else value.chunk(group.size(), dim)[group.rank()])
 
 
 def gather(model: torch.nn.Module, spec: ReferenceSpec, values: dict[str, Tensor]) -> Weights:
     """Reference-named values with all experts, from each rank's; a collective."""
+    return to_reference(spec, gather_whole(model, values, projection_norm=spec.arch == "olmoe"))
+
+
+def gather_whole(model: torch.nn.Module, values: dict[str, Tensor], *, projection_norm: bool) -> dict[str, Tensor]:
+    """Megatron-named values over all expert and tensor parallel ranks, from each rank's; a collective."""
     expert_parallel = parallel_state.get_expert_model_parallel_group()
     tensor_parallel = parallel_state.get_tensor_model_parallel_group()
     per_rank = model.config.num_moe_experts // expert_parallel.size()
     everything: dict[str, Tensor] = {}
-    for name, _ in model.named_parameters():
-        value = values[name].detach().float().contiguous()
-        dim = tensor_parallel_dim(spec, name)
+    for name, value in values.items():
+        value = value.detach().float().contiguous()
+        dim = tensor_parallel_dim(name, projection_norm=projection_norm)
         if "local_experts" in name:
             parts = _of_all_ranks(value, expert_parallel)
             everything |= {all_experts_name(name, rank * per_rank): part for rank, part in enumerate(parts)}
         elif ".experts." in name:
             everything[name] = torch.cat(_of_all_ranks(value, expert_parallel))
+        elif dim is not None:
+            everything[name] = join_tensor_parallel(name, _of_all_ranks(value, tensor_parallel), dim)
         else:
-            everything[name] = value if dim is None else torch.cat(_of_all_ranks(value, tensor_parallel), dim)
-    return to_reference(spec, everything)
+            everything[name] = value
+    return everything
 
 
 def _of_all_ranks(value: Tensor, group: torch.distributed.ProcessGroup) -> list[Tensor]:

@@ -19,6 +19,7 @@ RUN = {
     "clip_grad": 0.0,
     "precision": "fp32",
     "expert_parallel_size": 1,
+    "tensor_parallel_size": 1,
 }
 
 
@@ -146,21 +147,27 @@ def test_what_is_refused_at_any_expert_parallelism(user: dict[str, Any], line: s
         ("zero_quantized_weights", True),
     ],
 )
-def test_what_is_refused_with_expert_parallelism_only(key: str, value: object):
+@pytest.mark.parametrize("parallelism", ["expert_parallel_size", "tensor_parallel_size"])
+def test_what_is_refused_only_where_experts_have_groups_of_their_own(parallelism: str, key: str, value: object):
     user = {"zero_optimization": {key: value}}
     assert told(user) == []
-    (only,) = told(user, expert_parallel_size=2)
+    (only,) = told(user, **{parallelism: 2})
     assert only.startswith(f"deepspeed.zero_optimization.{key} = {value}: must be ")
-    assert "with expert parallelism" in only
+    assert "with expert or tensor parallelism" in only
 
 
 def test_stage_0_in_half_precision_would_clip_each_rank_by_its_own_norm():
     user = {"zero_optimization": {"stage": 0}}
-    for precision in ("bf16", "fp16"):
-        assert told(user, precision=precision) == []
-        (only,) = told(user, precision=precision, expert_parallel_size=2)
-        assert only.startswith("deepspeed.zero_optimization.stage = 0: must be 1, 2 or 3 with expert")
+    assert told(user, precision="bf16") == []
+    (only,) = told(user, precision="bf16", expert_parallel_size=2)
+    assert only.startswith("deepspeed.zero_optimization.stage = 0: must be 1, 2 or 3 with bf16 and expert")
     assert told(user, expert_parallel_size=2) == []
+
+
+def test_stage_0_in_fp16_would_not_scale_the_loss():
+    for size in (1, 2):
+        (only,) = told({"zero_optimization": {"stage": 0}}, precision="fp16", expert_parallel_size=size)
+        assert only.startswith("deepspeed.zero_optimization.stage = 0: must be 1, 2 or 3 with fp16")
 
 
 def test_disabled_sections_and_harmless_values_are_let_through():
@@ -213,7 +220,7 @@ def test_zero_keys_are_those_of_the_installed_deepspeed():
     fields = DeepSpeedZeroConfig.model_fields
     expected = fields.keys() | {field.alias for field in fields.values() if field.alias}
     assert class_fields("DeepSpeedZeroConfig", "deepspeed.runtime.zero.config").keys() == expected
-    refused = ds_config._REFUSED_ZERO.keys() | ds_config._REFUSED_ZERO_WITH_EXPERT_PARALLELISM.keys()
+    refused = ds_config._REFUSED_ZERO.keys() | ds_config._REFUSED_ZERO_WITH_EXPERT_GROUPS.keys()
     assert refused - expected == set()
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tied import ConfigError, ModelConfig, TieConfig, build_gpt_model, tied_decoder_block_spec
@@ -45,7 +46,7 @@ def test_the_norm_spans_the_whole_projection():
     head = build(qk_norm_scope="head").decoder.layers[0].self_attention
     assert head.q_layernorm.weight.shape == head.k_layernorm.weight.shape == (8,)
 
-    norm = ProjectionRMSNorm(None, 8, eps=0.1, heads=4)
+    norm = ProjectionRMSNorm(transformer_config(model_config()), 8, eps=0.1, heads=4)
     torch.nn.init.uniform_(norm.weight)
     x = torch.randn(5, 2, 4, 8)
     flat = x.reshape(5, 2, 32)
@@ -68,18 +69,17 @@ def test_query_key_and_value_are_clipped_at_both_ends():
 
 
 @pytest.mark.parametrize(
-    ("preset", "scale", "tie", "total"),
+    ("preset", "scale", "tie", "total", "backend"),
     [
-        ("olmoe", "regular", TieConfig(), 7_123_851_264),
-        ("olmoe", "regular", TieConfig(group_size=4), 3_499_972_608),
-        ("olmoe", "regular", TieConfig(group_size=4, num_tied_experts=256), 7_128_569_856),
-        ("deepseek", "tiny", TieConfig(group_size=2), 371_676_672),
-        ("qwen3_moe", "regular", TieConfig(group_size=4), 2_588_229_632),
-        ("qwen3_moe", "tiny", TieConfig(group_size=2), 299_653_760),
-        ("quickstart", None, TieConfig(group_size=4), None),
+        ("olmoe", "regular", TieConfig(), 7_123_851_264, "grouped"),
+        ("olmoe", "regular", TieConfig(group_size=4), 3_499_972_608, "grouped"),
+        ("olmoe", "regular", TieConfig(group_size=4, num_tied_experts=256), 7_128_569_856, "grouped"),
+        ("deepseek", "tiny", TieConfig(group_size=2), 371_676_672, "sequential"),
+        ("qwen3_moe", "regular", TieConfig(group_size=4), 2_588_229_632, "grouped"),
+        ("qwen3_moe", "tiny", TieConfig(group_size=2), 299_653_760, "grouped"),
+        ("quickstart", None, TieConfig(group_size=4), None, "sequential"),
     ],
 )
-@pytest.mark.parametrize("backend", ["grouped", "sequential"])
 def test_a_full_preset_has_as_many_parameters_as_the_formula(preset, scale, tie, total, backend):
     settings = ModelConfig.resolve({"preset": preset, "scale": scale, "expert_backend": backend})
     with torch.device("meta"):
@@ -248,14 +248,8 @@ def test_a_native_megatron_config_takes_the_tied_spec():
     )
     spec = tied_decoder_block_spec(config, model_config().topology(TIE), use_transformer_engine=False)
     torch.manual_seed(3)
-    layers = [_tied_layer(config, layer_spec) for layer_spec in spec.layer_specs]
+    layers = [build_module(layer.submodules.mlp, config=config) for layer in spec.layer_specs]
     assert layers[2].experts.fc1_weight is layers[1].experts.fc1_weight
     values = [layer.experts.fc1_weight for layer in (layers[0], layers[1], layers[4])]
     assert all(value.std().item() == pytest.approx(0.02, rel=0.1) for value in values)
     assert len({value.flatten()[0].item() for value in values}) == 3
-
-
-def _tied_layer(config: TransformerConfig, spec) -> torch.nn.Module:
-    from megatron.core.transformer.spec_utils import build_module
-
-    return build_module(spec.submodules.mlp, config=config)

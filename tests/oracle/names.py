@@ -6,7 +6,7 @@ Written from the published layouts of both sides, and independent of the project
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -89,19 +89,30 @@ def to_reference(spec: ReferenceSpec, values: Mapping[str, Tensor]) -> Weights:
     return result
 
 
-def tensor_parallel_dim(spec: ReferenceSpec, name: str) -> int | None:
-    """Along which dimension tensor parallel ranks hold consecutive parts of the Megatron parameter `name`, if they do.
+_COLUMN_PARALLEL = re.compile(r"(word_embeddings|output_layer|linear_qkv|linear_fc1)\.(weight|bias)")
+_ROW_PARALLEL = re.compile(r"(linear_proj|linear_fc2)\.weight")
+_QUERY_KEY_NORM = re.compile(r"[qk]_layernorm\.weight")
 
-    By KV group for `linear_qkv`, by head for the projection behind it and for the norms that span all heads, by token
-    for embedding and output. Experts are whole.
+
+def tensor_parallel_dim(name: str, *, projection_norm: bool) -> int | None:
+    """Along which dimension tensor parallel ranks hold parts of the Megatron parameter `name`; None: it is whole.
+
+    By KV group for `linear_qkv`, by head for the projection behind it and for query and key norms that span the whole
+    projection, by token for embedding and output, by neuron in dense and shared MLPs. Routed experts are whole.
     """
     if ".experts." in name:
         return None
-    if spec.arch == "olmoe" and name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+    if _COLUMN_PARALLEL.search(name) or (projection_norm and _QUERY_KEY_NORM.search(name)):
         return 0
-    if name.endswith(("linear_qkv.weight", "word_embeddings.weight", "output_layer.weight")):
-        return 0
-    return 1 if name.endswith("linear_proj.weight") else None
+    return 1 if _ROW_PARALLEL.search(name) else None
+
+
+def join_tensor_parallel(name: str, parts: Sequence[Tensor], dim: int) -> Tensor:
+    """The whole Megatron parameter `name` from its parts by rank; `linear_fc1` has gate rows, then up rows."""
+    if "linear_fc1" in name:
+        gates, ups = zip(*(part.chunk(2, dim) for part in parts), strict=True)
+        return torch.cat([*gates, *ups], dim)
+    return torch.cat(list(parts), dim)
 
 
 def all_experts_name(name: str, first_expert: int) -> str:

@@ -255,16 +255,32 @@ def test_bad_ds_config_file(config_file: Path, tmp_path: Path, content: str, mes
             "parallel.expert_model_parallel_size = 2: must divide tie.num_tied_experts = 17; valid: 1",
         ),
         (
-            ["parallel.tensor_model_parallel_size=2"],
-            "parallel.tensor_model_parallel_size = 2: must be 1: only expert and data parallelism",
+            ["parallel.pipeline_model_parallel_size=2"],
+            "parallel.pipeline_model_parallel_size = 2: must be 1: only expert, tensor and data parallelism",
         ),
         (
-            ["parallel.pipeline_model_parallel_size=2"],
-            "parallel.pipeline_model_parallel_size = 2: must be 1: only expert and data parallelism",
+            ["parallel.context_parallel_size=2"],
+            "parallel.context_parallel_size = 2: must be 1: only expert, tensor and data parallelism",
+        ),
+        *(
+            (
+                ["parallel.tensor_model_parallel_size=2", override],
+                f"parallel.tensor_model_parallel_size = 2: must divide {override.replace('=', ' = ')}; valid: 1",
+            )
+            for override in (
+                "model.num_query_groups=1",
+                "model.vocab_size=4097",
+                "model.moe_shared_expert_intermediate_size=31",
+                "train.seq_length=65",
+            )
+        ),
+        (
+            ["parallel.tensor_model_parallel_size=2", "model.moe_layer_freq=2", "model.ffn_hidden_size=31"],
+            "parallel.tensor_model_parallel_size = 2: must divide model.ffn_hidden_size = 31; valid: 1",
         ),
         (
             ["train.global_batch_size=9", "train.micro_batch_size=2"],
-            "train.global_batch_size = 9: must be a multiple of 4 = train.micro_batch_size 2 x 2 processes; "
+            "train.global_batch_size = 9: must be a multiple of 4 = train.micro_batch_size 2 x 2 data parallel ranks; "
             "nearest: 8 or 12",
         ),
         (["train.global_batch_size=1"], "train.global_batch_size = 1: must be a multiple of 2"),

@@ -1,0 +1,27 @@
+"""What the README says is what is tested and what is there."""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+
+from megatron_tied.training.config_file import parse_config
+from tests.supported import README, with_table
+
+
+def test_the_table_of_supported_combinations_is_up_to_date() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert with_table(text) == text, "run: python -m tests.supported"
+
+
+def test_the_config_in_the_readme_is_that_of_quickstart() -> None:
+    text = README.read_text(encoding="utf-8")
+    shown = next(block for block in re.findall(r"```yaml\n(.*?)```", text, re.S) if "model:" in block)
+    quickstart = (README.parent / "examples" / "quickstart.yaml").read_text(encoding="utf-8")
+    assert parse_config(yaml.safe_load(shown)) == parse_config(yaml.safe_load(quickstart))
+
+
+def test_the_files_the_readme_links_to_exist() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README.read_text(encoding="utf-8")):
+        assert (README.parent / target).exists(), target

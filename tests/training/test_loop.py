@@ -1,0 +1,114 @@
+"""The parts of the training loop that a whole run does not show: their order, masks, and what is not timed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_tied.training import window as window_module
+from megatron_tied.training.config_file import parse_config
+from megatron_tied.training.evaluation import LossFunction, evaluate
+from megatron_tied.training.loop import train_step
+from megatron_tied.training.window import Window
+
+
+class Engine:
+    """Notes what is called; the loss per token is the token itself."""
+
+    def __init__(self, accumulation: int = 1):
+        self.calls: list[str] = []
+        self.accumulation = accumulation
+        self.module = SimpleNamespace(
+            config=SimpleNamespace(moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0, moe_z_loss_coeff=None)
+        )
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> Any:
+        self.calls.append("forward")
+        self.seen = (positions, mask, labels)
+        return (tokens * torch.ones((), requires_grad=torch.is_grad_enabled())).to(torch.bfloat16)
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.accumulation
+
+    def get_global_grad_norm(self) -> float:
+        return 1.0
+
+    def backward(self, loss: torch.Tensor) -> None:
+        assert loss.requires_grad
+        self.calls.append("backward")
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda: self.calls.append(name)
+
+
+def batch(tokens: list[float], mask: list[float]) -> dict[str, torch.Tensor]:
+    values = torch.tensor([tokens])
+    return {
+        "tokens": values,
+        "labels": values + 1,
+        "position_ids": torch.arange(len(tokens))[None],
+        "loss_mask": torch.tensor([mask]),
+    }
+
+
+LOSS = LossFunction(3, torch.device("cpu"))
+
+
+def test_loss_is_the_mean_over_tokens_that_count():
+    engine = Engine()
+    loss = LOSS(engine, batch([1.0, 5.0, 9.0], [1.0, 0.0, 1.0]))
+    assert (loss.item(), loss.dtype) == (5.0, torch.float32)
+    positions, mask, labels = engine.seen
+    assert positions.tolist() == [[0, 1, 2]]
+    assert labels.tolist() == [[2.0, 6.0, 10.0]]
+    # True: may not attend.
+    assert mask.tolist() == [[[[False, True, True], [False, False, True], [False, False, False]]]]
+
+
+def test_a_step_is_its_micro_batches_in_order():
+    engine = Engine(accumulation=3)
+    losses = iter([batch([value] * 3, [1.0] * 3) for value in (1.0, 2.0, 6.0, 100.0)])
+    loss = train_step(engine, LOSS, losses)
+    assert engine.calls == ["forward", "backward", "step"] * 3
+    assert loss.item() == 3.0
+    assert not loss.requires_grad
+    assert next(losses)["tokens"][0, 0] == 100.0
+
+
+@pytest.mark.usefixtures("one_process")
+def test_evaluation_takes_no_gradients_and_goes_back_to_training():
+    engine = Engine()
+    batches = [batch([value] * 3, [1.0] * 3) for value in (1.0, 4.0)]
+    assert evaluate(engine, LOSS, batches) == 2.5
+    assert engine.calls == ["eval", "forward", "forward", "train"]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_speed_counts_training_alone(monkeypatch: pytest.MonkeyPatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(window_module.time, "perf_counter", lambda: clock.now)
+    config = parse_config(
+        {
+            "model": {"preset": "quickstart"},
+            "data": {"train": "corpus"},
+            "train": {"run_dir": "run", "seq_length": 50, "global_batch_size": 4},
+        }
+    )
+    window = Window(config, Engine())
+    for seconds in (3.0, 5.0):
+        clock.now += seconds
+        window.add(torch.tensor(seconds))
+    metrics = window.close(2, {"dense": 0.5, "experts_lr_div_2": 0.25})
+    assert (metrics["lm_loss"], metrics["loss"], metrics["tokens"]) == (4.0, 4.0, 400)
+    assert (metrics["step_seconds"], metrics["tokens_per_second"]) == (4.0, 50.0)
+    assert (metrics["lr"], metrics["lr/experts_lr_div_2"]) == (0.5, 0.25)
+
+    clock.now += 60.0
+    window.pause(60.0)  # an evaluation
+    clock.now += 2.0
+    window.add(torch.tensor(1.0))
+    metrics = window.close(3, {"dense": 0.5})
+    assert (metrics["lm_loss"], metrics["tokens"], metrics["step_seconds"]) == (1.0, 600, 2.0)
