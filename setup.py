@@ -27,7 +27,7 @@ setup(
         "zstandard>=0.22",
     ],
     extras_require={
-        "test": ["hypothesis", "pytest>=8", "ruff", "safetensors", "transformers>=5"],
+        "test": ["hypothesis", "pytest>=8", "ruff==0.17.*", "safetensors", "transformers>=5"],
         "hf": ["safetensors", "transformers>=5"],
         "gpu": ["transformer-engine[pytorch]"],
     },

@@ -52,7 +52,7 @@ def table() -> str:
     for name, has in rows:
         stages = {case.stage for case in proven if has(case)}
         lines.append(f"| {name} | {' | '.join('yes' if stage in stages else '' for stage in range(4))} |")
-    variants = ", ".join(test_semantics.VARIANTS)
+    variants = "; ".join(test_semantics.VARIANTS)
     lines += ["", f"With expert parallelism 2 equal to 1, in losses and weights: {variants}."]
     return "\n".join(lines) + "\n"
 

@@ -186,13 +186,10 @@ def zero_problems(zero: Mapping[str, Any], *, precision: str, sharded: bool) -> 
         yield Problem(f"{field}.stage", stage, "must be 0, 1, 2 or 3")
     if sharded:
         yield from refused_keys(zero, _REFUSED_ZERO_WITH_EXPERT_GROUPS, field)
-    if stage == 0 and precision == "fp16":
-        valid = "must be 1, 2 or 3 with fp16: DeepSpeed's stage 0 unscales gradients of a loss that it did not scale"
-        yield Problem(f"{field}.stage", stage, valid)
-    elif stage == 0 and precision == "bf16" and sharded:
+    if stage == 0 and precision != "fp32":
         valid = (
-            "must be 1, 2 or 3 with bf16 and expert or tensor parallelism: DeepSpeed's stage 0 clips by a mean of "
-            "norms with one rank's experts each"
+            f"must be 1, 2 or 3 with {precision}: DeepSpeed's half-precision optimizers for stage 0 do not scale the "
+            "loss they unscale, and clip by a mean of norms with one rank's experts each"
         )
         yield Problem(f"{field}.stage", stage, valid)
 

@@ -1,4 +1,4 @@
-"""The watchdog reports nothing about a sound run, and names the parameter of which one rank's copy has one bit wrong."""
+"""The watchdog reports nothing about a sound run, and names the parameter of which one copy has one bit wrong."""
 
 from __future__ import annotations
 
