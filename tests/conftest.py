@@ -1,5 +1,6 @@
 """Prepares the host before any test imports Megatron-Core or DeepSpeed."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -9,17 +10,18 @@ from megatron_tied.platform import prepare
 
 prepare()
 
+# A shell starts its background jobs with SIGINT ignored, and what they start inherits it: tests press Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(scope="session")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Megatron-Core's process groups for this process alone, on a torch.distributed that the user has started."""
+    """Process groups of one, made as a user's own script makes them: without this package and without DeepSpeed."""
     from megatron.core import parallel_state
-
-    from megatron_tied import initialize_model_parallel
 
     rendezvous = tmp_path_factory.mktemp("rendezvous") / "store"
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
-    initialize_model_parallel()
+    parallel_state.initialize_model_parallel()
     yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()

@@ -76,3 +76,10 @@ def test_recompute_draws_the_same_dropout_again():
     name = "decoder.layers.1.mlp.experts.fc1_weight"
     assert not torch.allclose(trained(5)[name], trained(6)[name])
     torch.testing.assert_close(trained(5, **full), trained(5), rtol=1e-5, atol=1e-7)
+
+
+def test_the_device_state_that_recompute_keeps_is_the_hosts():
+    state = random._get_cuda_rng_state()
+    drawn = torch.rand(3)
+    random._set_cuda_rng_state(state)
+    assert torch.equal(torch.rand(3), drawn)

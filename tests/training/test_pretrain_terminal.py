@@ -75,6 +75,8 @@ def test_bar_shows_rate_time_left_and_loss(corpus: Corpus, reference_run: Run, t
 def test_ctrl_c_ends_all_processes_and_leaves_nothing_that_looks_finished(corpus: Corpus, tmp_path: Path):
     config = write_config(tmp_path, corpus)
     metrics = tmp_path / "run" / "metrics.jsonl"
+    # Of earlier tests in this session: multiprocessing's helpers may stay as zombies.
+    before = psutil.Process().children(recursive=True)
     processes: list[psutil.Process] = []
 
     def press_ctrl_c() -> bytes:
@@ -82,7 +84,7 @@ def test_ctrl_c_ends_all_processes_and_leaves_nothing_that_looks_finished(corpus
         while not (metrics.exists() and metrics.stat().st_size):
             assert time.monotonic() < deadline, "training does not begin"
             time.sleep(0.2)
-        processes.extend(psutil.Process().children(recursive=True))
+        processes.extend(child for child in psutil.Process().children(recursive=True) if child not in before)
         return CTRL_C
 
     code, shown = in_terminal(deepspeed_command(config, "train.steps=100000"), press_ctrl_c)
