@@ -188,8 +188,8 @@ def zero_problems(zero: Mapping[str, Any], *, precision: str, sharded: bool) -> 
         yield from refused_keys(zero, _REFUSED_ZERO_WITH_EXPERT_GROUPS, field)
     if stage == 0 and precision != "fp32":
         valid = (
-            f"must be 1, 2 or 3 with {precision}: DeepSpeed's half-precision optimizers for stage 0 do not scale the "
-            "loss they unscale, and clip by a mean of norms with one rank's experts each"
+            f"must be 1, 2 or 3 with {precision}: stage 0 is supported in fp32 only, DeepSpeed's half-precision "
+            "optimizer for it leaves expert parallel gradients out of the norm it clips by"
         )
         yield Problem(f"{field}.stage", stage, valid)
 

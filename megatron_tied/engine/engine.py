@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_tied.engine.gradient_norm import clip_gradients, global_gradient_norm
 from megatron_tied.engine.groups import is_expert_parallel
-from megatron_tied.engine.router_state import RouterCounts, start_global_batch, update_expert_bias
+from megatron_tied.engine.router_state import RouterState
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.layers.accumulation import UseSites
 from megatron_tied.layers.banks import describe, gradient_sites
@@ -33,7 +33,7 @@ class TiedMoEEngine(DeepSpeedEngine):
         self.has_moe_layers = any(is_expert_parallel(parameter) for parameter in model.parameters())
         self.num_experts = [layer.config.num_moe_experts for layer in tied_layers(model)]
         self._use_sites = _connect_use_sites(model)
-        self._router_counts = RouterCounts(model)
+        self._router_state = RouterState(model)
 
     def _validate_zero3_moe_compatibility(self) -> None:
         # Upstream knows AutoEP layers only, and refuses any other; these are its remaining conditions.
@@ -59,10 +59,10 @@ class TiedMoEEngine(DeepSpeedEngine):
         """The module's forward; in training, what its routers count is noted for `backward`."""
         counts = self.training and torch.is_grad_enabled()
         if counts:
-            self._router_counts.before_forward()
+            self._router_state.before_forward()
         output = super().forward(*inputs, **kwargs)
         if counts:
-            self._router_counts.after_forward()
+            self._router_state.after_forward()
         return output
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
@@ -78,7 +78,7 @@ class TiedMoEEngine(DeepSpeedEngine):
         for sites, bank in self._use_sites.items():
             if not sites.is_complete:
                 raise RuntimeError(f"{bank}: only {sites.arrived} of {sites.use_sites} layers had a gradient")
-        self._router_counts.after_backward()
+        self._router_state.after_backward()
         return loss
 
     def _set_aux_loss_scale(self, scale_wrt_gas: bool) -> None:
@@ -92,8 +92,7 @@ class TiedMoEEngine(DeepSpeedEngine):
         return float(self._get_optimizer_loss_scale()) if self.fp16_enabled() else 1.0
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
-        update_expert_bias(self.module)
-        start_global_batch(self.module)
+        self._router_state.finish_global_batch()
         if self._is_plain_fp32():
             self._global_grad_norm = global_gradient_norm(self.module.parameters())
             if not math.isfinite(self._global_grad_norm):

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero import GatheredParameters
+from megatron.core import parallel_state
 
-from megatron_tied.platform import prepare
-
-prepare()
-
-from deepspeed.runtime.zero import GatheredParameters  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
-
-import megatron_tied as mt  # noqa: E402
-from megatron_tied.engine.groups import is_expert_parallel  # noqa: E402
-from megatron_tied.layers.backends import expert_matrices  # noqa: E402
-from megatron_tied.layers.moe_layer import tied_layers  # noqa: E402
-from megatron_tied.platform.quiet import quiet_deepspeed  # noqa: E402
-from tests.tiny_model import build, inputs, loss  # noqa: E402
+import megatron_tied as mt
+from megatron_tied.engine.groups import is_expert_parallel
+from megatron_tied.layers.backends import expert_matrices
+from megatron_tied.layers.moe_layer import tied_layers
+from megatron_tied.platform.quiet import quiet_deepspeed
+from tests.distributed.training_run import model_parallel
+from tests.tiny_model import build, inputs, loss
 
 CLIP = 0.5
 TIE = mt.TieConfig(banks=[0, 1, 1, 2])
@@ -47,16 +41,6 @@ class Run:
 
 
 STARVED = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
-
-
-@contextmanager
-def model_parallel(ep: int) -> Iterator[None]:
-    """Process groups for one run."""
-    mt.initialize_model_parallel(ep)
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 def start(run: Run) -> mt.TiedMoEEngine:

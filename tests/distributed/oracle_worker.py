@@ -7,12 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron_tied.platform import prepare
-
-prepare()
-
-from megatron_tied.layers.accumulation import SharedGradient  # noqa: E402
-from tests.distributed.training_run import (  # noqa: E402
+from megatron_tied.layers.accumulation import SharedGradient
+from tests.distributed.training_run import (
     Case,
     build_engine,
     full_gradients,

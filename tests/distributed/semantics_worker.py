@@ -5,48 +5,21 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from megatron_tied.platform import prepare
+import torch
+from megatron.core import parallel_state
 
-prepare()
+import megatron_tied as mt
+from megatron_tied.engine.groups import is_expert_parallel
+from tests.distributed.training_run import ROUTING_FIELDS, full_weights, model_parallel, routing_engine, step
 
-import torch  # noqa: E402
-
-import megatron_tied as mt  # noqa: E402
-from megatron_tied.engine.groups import is_expert_parallel  # noqa: E402
-from tests.distributed.training_run import full_weights, model_parallel, step  # noqa: E402
-
-BASE = {
-    "num_layers": 5,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_moe_experts": 8,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 16,
-    "vocab_size": 64,
-    "moe_aux_loss_coeff": 0.02,
-    "moe_z_loss_coeff": 1e-3,
-    "init_method_std": 0.1,
-}
 TIE = mt.TieConfig(banks=[0, 1, 1, 1, 2])
 
 
-def train(changes: dict[str, Any], tie: mt.TieConfig, ep: int, ds: dict[str, Any], batches: torch.Tensor) -> dict:
+def train(changes: dict[str, Any], ep: int, ds: dict[str, Any], batches: torch.Tensor) -> dict:
     """Losses, expert biases and gathered weights of a few steps."""
     with model_parallel(ep):
-        model = mt.build_gpt_model(mt.ModelConfig.resolve(BASE | changes), tie, seed=5)
-        groups = mt.parameter_groups(model, lr=1e-2, weight_decay=0.1)
-        config = {
-            "train_micro_batch_size_per_gpu": 2,
-            "gradient_accumulation_steps": 2,
-            "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": 1},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": None,
-            **ds,
-        }
-        # SGD keeps a wrong gradient as wrong as it is, where Adam would normalise it away.
-        engine = mt.initialize(model, config, optimizer=torch.optim.SGD(groups, lr=1e-2))[0]
+        model = mt.build_gpt_model(mt.ModelConfig.resolve(ROUTING_FIELDS | changes), TIE, seed=5)
+        engine = routing_engine(model, ds)
         figures = [step(engine, batch, 2) for batch in batches]
         weights = _gathered(engine.module, full_weights(engine.module))
         biases = {name: value.clone() for name, value in engine.module.named_buffers() if "expert_bias" in name}
@@ -55,8 +28,6 @@ def train(changes: dict[str, Any], tie: mt.TieConfig, ep: int, ds: dict[str, Any
 
 
 def _gathered(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    from megatron.core import parallel_state
-
     group = parallel_state.get_expert_model_parallel_group()
     for name, parameter in model.named_parameters():
         if is_expert_parallel(parameter):
@@ -70,7 +41,7 @@ def main(job_file: str, result_file: str) -> None:
     """Train every variant at EP 1 and 2; rank 0 saves both."""
     job = torch.load(job_file, weights_only=False)
     results = {
-        name: [train(changes, TIE, ep, ds, job["batches"]) for ep in (1, 2)]
+        name: [train(changes, ep, ds, job["batches"]) for ep in (1, 2)]
         for name, (changes, ds) in job["variants"].items()
     }
     if torch.distributed.get_rank() == 0:

@@ -6,56 +6,34 @@ import os
 import sys
 from typing import Any
 
-from megatron_tied.platform import prepare
+import torch
 
-prepare()
+import megatron_tied as mt
+from megatron_tied.engine.consistency import find_differences
+from megatron_tied.training.summary import parameter_figures
+from tests.distributed.training_run import (
+    ROUTING_FIELDS,
+    full_weights,
+    gather_whole,
+    model_parallel,
+    routing_engine,
+    step,
+)
 
-import torch  # noqa: E402
-
-import megatron_tied as mt  # noqa: E402
-from megatron_tied.engine.consistency import find_differences  # noqa: E402
-from megatron_tied.training.summary import parameter_figures  # noqa: E402
-from tests.distributed.training_run import full_weights, gather_whole, model_parallel, step  # noqa: E402
-
-BASE = {
-    "num_layers": 5,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "num_moe_experts": 8,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 16,
-    "vocab_size": 64,
-    "moe_aux_loss_coeff": 0.02,
-    "moe_z_loss_coeff": 1e-3,
-    "init_method_std": 0.1,
-}
 TIE = mt.TieConfig(group_size=3, skip_first=1, skip_last=0)
 
 
 def train(changes: dict[str, Any], ds: dict[str, Any], batches: torch.Tensor) -> dict[str, Any]:
     """What there is at the start and after a few steps, whole over all ranks."""
     world = int(os.environ["WORLD_SIZE"])
-    fields = BASE | changes
+    fields = ROUTING_FIELDS | changes
     projection_norm = fields.get("qk_norm_scope") == "projection"
     with model_parallel(ep=world, tp=world):
         config = mt.ModelConfig.resolve(fields)
         model = mt.build_gpt_model(config, TIE, seed=5)
         figures = parameter_figures(model, config.topology(TIE))
         start = gather_whole(model, full_weights(model), projection_norm=projection_norm)
-        settings = {
-            "train_micro_batch_size_per_gpu": 2,
-            "gradient_accumulation_steps": 2,
-            "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": 1},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": None,
-            **ds,
-        }
-        # SGD keeps a wrong gradient as wrong as it is, where Adam would normalise it away.
-        groups = mt.parameter_groups(model, lr=1e-2, weight_decay=0.1)
-        engine = mt.initialize(model, settings, optimizer=torch.optim.SGD(groups, lr=1e-2))[0]
+        engine = routing_engine(model, ds)
         steps = [step(engine, batch, 2) for batch in batches]
         weights = gather_whole(engine.module, full_weights(engine.module), projection_norm=projection_norm)
         biases = {name: value.clone() for name, value in engine.module.named_buffers() if "expert_bias" in name}

@@ -25,6 +25,7 @@ from tests.oracle.names import (
     to_reference,
 )
 from tests.oracle.reference import ReferenceSpec, Weights
+from tests.tiny_model import FIELDS
 
 # A small eps would let AdamW amplify the rounding of near-zero gradients beyond the tolerances.
 HYPERPARAMETERS: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-5}
@@ -218,3 +219,23 @@ def step(engine: Any, batch: Tensor, accumulation: int, at_boundary: Any = lambd
         "z_loss": moe.z_loss,
         "grad_norm": float(engine.get_global_grad_norm()),
     }
+
+
+# For comparisons of the project with itself, where the oracle has no such model.
+ROUTING_FIELDS: dict[str, Any] = FIELDS | {"num_layers": 5, "qk_layernorm": False, "moe_aux_loss_coeff": 0.02}
+
+
+def routing_engine(model: torch.nn.Module, ds: dict[str, Any]) -> Any:
+    """An engine with two micro-batches a step. SGD keeps a wrong gradient wrong, where Adam would normalise it away."""
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        **ds,
+    }
+    groups = mt.parameter_groups(model, lr=1e-2, weight_decay=0.1)
+    return mt.initialize(model, settings, optimizer=torch.optim.SGD(groups, lr=1e-2))[0]

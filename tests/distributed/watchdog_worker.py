@@ -7,15 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_tied.platform import prepare
+import torch
 
-prepare()
-
-import torch  # noqa: E402
-
-from megatron_tied.engine.consistency import find_differences  # noqa: E402
-from tests.distributed.matrix import material, regime_job  # noqa: E402
-from tests.distributed.training_run import Case, build_engine, model_parallel, step  # noqa: E402
+from megatron_tied.engine.consistency import find_differences
+from tests.distributed.matrix import material, regime_job
+from tests.distributed.training_run import Case, build_engine, model_parallel, step
 
 
 def flip_bit(parameter: torch.nn.Parameter) -> None:
