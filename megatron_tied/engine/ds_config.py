@@ -23,12 +23,10 @@ _ONE_SCALE = "would scale expert and other gradients differently"
 _MIXES_EXPERTS = "with expert or tensor parallelism: DeepSpeed would reduce experts over the wrong ranks"
 _NO_EXPERT_GROUPS = "with expert or tensor parallelism: ZeRO++ knows no expert groups"
 
+# What no engine of ours can do with.
 _REFUSED: Refusals = {
-    "activation_checkpointing": (None, "has no effect: use model.recompute_granularity"),
     "bfloat16": (None, 'is an old name: write "bf16"'),
     "compile": (None, "rewrites the backward pass: a tied bank would be reduced before its last use"),
-    "data_efficiency": (None, _NO_EFFECT_ON_DATA),
-    "dataloader_drop_last": (False, _NO_EFFECT_ON_DATA),
     "expert_parallel": (
         None,
         "unties silently: AutoEP copies the bank into every layer; use parallel.expert_model_parallel_size",
@@ -36,16 +34,23 @@ _REFUSED: Refusals = {
     "gradient_allreduce_op": ("mean", f'must be "mean": another {_ONE_SCALE}'),
     "gradient_predivide_factor": (1, f"must be 1: another {_ONE_SCALE}"),
     "hybrid_engine": (None, "replaces layers for generation and knows no tied experts"),
-    "managed_gradient_accumulation": (True, "must be true: the training loop relies on it"),
-    "optimizer": (None, "belongs to the run config: see optimizer.name, optimizer.lr and its neighbours"),
     "pipeline": (None, "has no effect: the model is not a DeepSpeed PipelineModule"),
     "prescale_gradients": (False, f"must be false: true {_ONE_SCALE}"),
-    "scheduler": (None, "belongs to the run config: see optimizer.warmup_steps and optimizer.min_lr"),
     "sequence_parallel_size": (1, "must be 1: DeepSpeed's sequence parallelism is not supported"),
     "tensor_parallel": (None, "shards layers by name and knows no expert bank"),
-    "torch_autocast": (None, "belongs to the run config: see train.precision"),
     "use_data_before_expert_parallelism": (False, "must be false: Megatron-Core orders its ranks otherwise"),
     "weight_quantization": (None, "has no effect: it is for inference"),
+}
+
+# What the run config says, or what has no effect on a run.
+_REFUSED_IN_RUNS: Refusals = {
+    "activation_checkpointing": (None, "has no effect: use model.recompute_granularity"),
+    "data_efficiency": (None, _NO_EFFECT_ON_DATA),
+    "dataloader_drop_last": (False, _NO_EFFECT_ON_DATA),
+    "managed_gradient_accumulation": (True, "must be true: the training loop relies on it"),
+    "optimizer": (None, "belongs to the run config: see optimizer.name, optimizer.lr and its neighbours"),
+    "scheduler": (None, "belongs to the run config: see optimizer.warmup_steps and optimizer.min_lr"),
+    "torch_autocast": (None, "belongs to the run config: see train.precision"),
 }
 
 _REFUSED_ZERO: Refusals = {
@@ -63,7 +68,7 @@ _REFUSED_ZERO_WITH_EXPERT_GROUPS: Refusals = {
 }
 
 # DeepSpeed itself ignores unknown top-level keys. Those that it reads:
-_TOP_LEVEL_KEYS = _REFUSED.keys() | {
+_TOP_LEVEL_KEYS = (_REFUSED | _REFUSED_IN_RUNS).keys() | {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
     *("gradient_clipping", "bf16", "fp16", "data_types"),
     *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio"),
@@ -125,10 +130,10 @@ def deepspeed_problems(user: Mapping[str, Any], **run: Unpack[RunValues]) -> lis
     return [
         *_unknown(user, _TOP_LEVEL_KEYS, "deepspeed"),
         *_unknown(sections["zero_optimization"], _zero_keys(), "deepspeed.zero_optimization"),
-        *refused_keys(stated, _REFUSED, "deepspeed"),
+        *refused_keys(stated, _REFUSED_IN_RUNS, "deepspeed"),
         *_contradictions(stated, run),
-        *zero_problems(
-            {"stage": 1, **sections["zero_optimization"]},
+        *engine_problems(
+            {**stated, "zero_optimization": {"stage": 1, **sections["zero_optimization"]}},
             precision=run["precision"],
             sharded=max(run["expert_parallel_size"], run["tensor_parallel_size"]) > 1,
         ),
@@ -174,11 +179,13 @@ def _contradictions(user: Mapping[str, Any], run: RunValues) -> Iterator[Problem
             yield Problem(".".join(("deepspeed", *path)), said, valid)
 
 
-def zero_problems(zero: Mapping[str, Any], *, precision: str, sharded: bool) -> Iterator[Problem]:
-    """What in a `zero_optimization` section would lose, mix or mis-scale gradients, or is no stage.
+def engine_problems(ds_config: Mapping[str, Any], *, precision: str, sharded: bool) -> Iterator[Problem]:
+    """What in a ds_config without "auto" would untie experts, lose, mix or mis-scale gradients, or is no stage.
 
     `sharded`: whether ranks hold different experts or parts of matrices (expert or tensor parallelism).
     """
+    yield from refused_keys(ds_config, _REFUSED, "deepspeed")
+    zero = ds_config.get("zero_optimization", {})
     field = "deepspeed.zero_optimization"
     yield from refused_keys(zero, _REFUSED_ZERO, field)
     stage = zero.get("stage", 0)

@@ -12,7 +12,7 @@ from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.zero import partition_parameters
 from megatron.core import parallel_state
 
-from megatron_tied.engine.ds_config import zero_problems
+from megatron_tied.engine.ds_config import engine_problems
 from megatron_tied.engine.engine import TiedMoEEngine
 from megatron_tied.engine.groups import (
     initialize_model_parallel,
@@ -45,8 +45,9 @@ def initialize(
     `config` is a DeepSpeed config, as a mapping or a JSON file. `optimizer` is a torch optimizer built from
     `parameter_groups(model)`, a function from such groups to an optimizer, or None for the one that `config`
     names. Megatron-Core's process groups must exist if expert or tensor parallelism is wanted; otherwise they are
-    made with sizes of 1. Raises `ConfigError` for an optimizer without the groups ZeRO needs and for ZeRO options
-    that are wrong here without an error, and `RuntimeError` if a tie has come apart since the model was built.
+    made with sizes of 1. Raises `ConfigError` for an optimizer without the groups ZeRO needs and for
+    DeepSpeed options that would be wrong here without an error, and `RuntimeError` if a tie has come apart since the
+    model was built.
     """
     start_distributed()
     if not parallel_state.model_parallel_is_initialized():
@@ -54,7 +55,7 @@ def initialize(
     for layer in tied_layers(model):
         layer.check_tied()
     ds_config = dict(config) if isinstance(config, Mapping) else load_ds_config(str(config))
-    _check_zero(ds_config)
+    _check_config(ds_config)
     ds_config = with_bank_reuse(ds_config, model)
     register_with_deepspeed()
     mark_tensor_parallel(model)
@@ -86,14 +87,14 @@ def _optimizer_defaults(ds_config: Mapping[str, Any]) -> dict[str, float]:
     return {"lr": params.get("lr", 1e-3), "weight_decay": params.get("weight_decay", 0.0)}
 
 
-def _check_zero(ds_config: Mapping[str, Any]) -> None:
+def _check_config(ds_config: Mapping[str, Any]) -> None:
     half = [name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled") is True]
     sizes = (
         parallel_state.get_expert_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),
     )
-    found = zero_problems(
-        ds_config.get("zero_optimization", {}),
+    found = engine_problems(
+        ds_config,
         precision=half[0] if half else "fp32",
         sharded=max(sizes) > 1,
     )

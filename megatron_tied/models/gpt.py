@@ -20,13 +20,19 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
 }
+# Options that Megatron-Core would fail on late, in words of its own: (what they need, whether it is here).
+_NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
+    "moe_permute_fusion": ("Transformer Engine", lambda: HAVE_TE),
+    "moe_router_fusion": ("Transformer Engine", lambda: HAVE_TE),
+    "moe_shared_expert_overlap": ("CUDA: it overlaps two streams", torch.cuda.is_available),
+}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def transformer_config(model: ModelConfig, *, precision: str = "fp32") -> TransformerConfig:
     """The Megatron-Core config of `model` on this host and in the process groups at hand.
 
-    Raises `ConfigError` for what tensor parallel ranks cannot divide evenly.
+    Raises `ConfigError` for what tensor parallel ranks cannot divide evenly, and for what needs another host.
     """
     on_cpu = not torch.cuda.is_available()
     host = {
@@ -36,7 +42,8 @@ def transformer_config(model: ModelConfig, *, precision: str = "fp32") -> Transf
     }
     tensor_parallel_size = parallel_state.get_tensor_model_parallel_world_size()
     field = "parallel.tensor_model_parallel_size"
-    if problems := indivisible(field, tensor_parallel_size, model.cut_by_tensor_parallelism()):
+    cut = model.cut_by_tensor_parallelism()
+    if problems := [*indivisible(field, tensor_parallel_size, cut), *_lacking(model)]:
         raise ConfigError(problems)
     ours = {
         "activation_func": _ACTIVATIONS[model.activation],
@@ -56,6 +63,15 @@ def transformer_config(model: ModelConfig, *, precision: str = "fp32") -> Transf
         "hetereogenous_dist_checkpoint": True,
     }
     return TransformerConfig(**(host | model.transformer_kwargs() | ours))
+
+
+def _lacking(model: ModelConfig) -> list[Problem]:
+    wanted = model.transformer_kwargs()
+    return [
+        Problem(f"model.{name}", True, f"must be false on this host: it needs {what}")
+        for name, (what, is_here) in _NEEDS.items()
+        if wanted.get(name) and not is_here()
+    ]
 
 
 def build_gpt_model(

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from megatron.core.transformer.moe.experts import HAVE_TE
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -209,6 +210,21 @@ def test_a_topology_of_another_depth_is_refused():
 def test_a_tie_that_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match=r"^tie\.group_size = 3: must be at most 2"):
         build(TieConfig(group_size=3))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a host without CUDA")
+def test_overlap_of_shared_experts_is_refused_without_streams():
+    fields = {"moe_shared_expert_intermediate_size": 16, "moe_shared_expert_overlap": True}
+    with pytest.raises(ConfigError, match=r"^model\.moe_shared_expert_overlap = True: must be false .* needs CUDA"):
+        build(**fields)
+    build(**fields | {"moe_shared_expert_overlap": False})
+
+
+@pytest.mark.skipif(HAVE_TE, reason="needs a host without Transformer Engine")
+@pytest.mark.parametrize("option", ["moe_permute_fusion", "moe_router_fusion"])
+def test_transformer_engines_kernels_are_refused_without_it(option: str):
+    with pytest.raises(ConfigError, match=rf"^model\.{option} = True: must be false .* needs Transformer"):
+        build(**{option: True})
 
 
 @pytest.mark.parametrize("backend", ["grouped", "sequential"])
