@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a trained model with tied experts: installs, makes a corpus and a tokenizer from this machine's own
-# Python sources, trains 200 steps on two ranks, and says what came out. A second run reuses what is there.
+# Python sources, trains 200 steps on two ranks, and says what came out. A second run reuses what is there,
+# and goes on where a first one was interrupted.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash examples/setup_venv.sh
@@ -27,7 +28,6 @@ PY
 fi
 
 if [ ! -e "$run/summary.json" ]; then
-  rm -rf "$run"  # of an interrupted run
   overrides=()
   if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     ranks=$(python -c 'import torch; print(min(2, torch.cuda.device_count()))')

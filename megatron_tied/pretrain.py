@@ -10,8 +10,10 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
+from megatron_tied.checkpoint.directory import CheckpointDirectory
 from megatron_tied.cli.report import report
 from megatron_tied.errors import ConfigError, Problem, TrainingStopped
 from megatron_tied.training.config import RunConfig
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(error, STOPPED, told_here=rank == 0)
     except KeyboardInterrupt:
         if rank == 0:
-            print(f"interrupted: {config.train.run_dir} has no summary.json", file=sys.stderr)
+            print(f"interrupted: {config.train.run_dir} {_newest_checkpoint(config)}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -53,6 +55,13 @@ def _read_config(argv: Sequence[str]) -> RunConfig:
     if problems := config.problems(int(os.environ.get("WORLD_SIZE", 1))):
         raise ConfigError(problems)
     return config
+
+
+def _newest_checkpoint(config: RunConfig) -> str:
+    steps = CheckpointDirectory(Path(config.train.run_dir, "checkpoints")).steps()
+    if not steps:
+        return "has no checkpoint"
+    return f"has a checkpoint of step {steps[0]}; to go on after it, start it again (train.resume: auto)"
 
 
 def _end(error: ConfigError | TrainingStopped, code: int, *, told_here: bool) -> int:

@@ -14,7 +14,8 @@ train() {  # precision ep stage
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     deepspeed --quiet --num_accelerators 2 --master_port "$port" --module megatron_tied.pretrain \
       --config examples/quickstart.yaml "train.run_dir=$run" "train.precision=$1" \
-      "parallel.expert_model_parallel_size=$2" "deepspeed.zero_optimization.stage=$3" "${overrides[@]}"
+      "parallel.expert_model_parallel_size=$2" "deepspeed.zero_optimization.stage=$3" \
+      checkpoint.save_every=0 train.eval_every=200 train.eval_steps=32 "${overrides[@]}"
   fi
   python - "$run/summary.json" "$@" >> "$out" <<'PY'
 import json, sys

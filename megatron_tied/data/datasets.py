@@ -29,8 +29,8 @@ from megatron_tied.data.checks import (
     parse_split,
 )
 from megatron_tied.data.metadata import with_suffix
-from megatron_tied.data.staging import sync
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.files import sync
 
 platform.prepare()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -56,6 +57,12 @@ def collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tenso
     return {key: torch.stack([sample[key] for sample in samples]) for key in _KEYS}
 
 
+def _outlive_stop_signals(_worker: int) -> None:
+    """Schedulers signal all processes of a job: the rank decides what to do, and needs its data until then."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def train_loader(dataset: Dataset, sampler: GlobalBatchSampler, *, num_workers: int = 0) -> DataLoader:
     """A loader of micro-batches, without state of its own: to resume, make one with a sampler further on."""
     return DataLoader(
@@ -64,6 +71,7 @@ def train_loader(dataset: Dataset, sampler: GlobalBatchSampler, *, num_workers: 
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_outlive_stop_signals,
         # It draws a seed for its workers: from the global generator, that would change the model's dropout.
         generator=torch.Generator(),
     )

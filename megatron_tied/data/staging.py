@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.files import sync
 
 # The order of renaming. Megatron-Core takes PREFIX.idx for a finished data set, we take PREFIX.json.
 _SUFFIXES = (".model", ".bin", ".idx", ".json")
@@ -91,12 +92,3 @@ class Staging:
 
     def _problem(self, valid: str) -> Problem:
         return Problem("--output", str(self.prefix), valid)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or directory to its device."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

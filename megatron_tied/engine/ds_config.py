@@ -56,7 +56,12 @@ _REFUSED_IN_RUNS: Refusals = {
 _REFUSED_ZERO: Refusals = {
     "compute_grad_norm": (True, "must be true: clipping and metrics need the gradient norm"),
     "leaf_module": (None, "must be left out: gradients of a tied bank in a leaf module can be lost"),
+    "round_robin_gradients": (False, "must be false: DeepSpeed's record of which rank holds what is wrong with it"),
     "zenflow": (None, "must be left out: it updates parameters out of step and knows no expert groups"),
+}
+
+_REFUSED_OFFLOAD: Refusals = {
+    "super_offload": (False, "must be false: its optimizer states are out of reach of checkpoints"),
 }
 
 _REFUSED_ZERO_WITH_EXPERT_GROUPS: Refusals = {
@@ -188,6 +193,9 @@ def engine_problems(ds_config: Mapping[str, Any], *, precision: str, sharded: bo
     zero = ds_config.get("zero_optimization", {})
     field = "deepspeed.zero_optimization"
     yield from refused_keys(zero, _REFUSED_ZERO, field)
+    offload = zero.get("offload_optimizer")
+    if isinstance(offload, Mapping):
+        yield from refused_keys(offload, _REFUSED_OFFLOAD, f"{field}.offload_optimizer")
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         yield Problem(f"{field}.stage", stage, "must be 0, 1, 2 or 3")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
+
+from megatron_tied.files import write_whole
 
 Metrics = Mapping[str, float]
 
@@ -26,6 +30,9 @@ _GROUPS = {
     "step_seconds": "progress",
     "memory_gb": "system",
 }
+
+
+METRICS = "metrics.jsonl"
 
 
 class Sink(Protocol):
@@ -55,13 +62,29 @@ class JsonLinesSink:
         self._file.close()
 
 
-class TensorBoardSink:
-    """Scalars under `train/`, `moe/`, `lr/`, `validation/`, `progress/` and `system/`."""
+def forget_metrics_after(step: int, path: Path) -> dict[str, Any]:
+    """Remove from metrics.jsonl what a run has logged that is gone on with after `step`; returns the last values left.
 
-    def __init__(self, directory: Path):
+    A line that a killed run has written in part is removed too.
+    """
+    kept: list[dict[str, Any]] = []
+    if not path.is_file():
+        return {}
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            kept.append(json.loads(line))
+    kept = [metrics for metrics in kept if metrics["step"] <= step]
+    write_whole(path, "".join(json.dumps(metrics) + "\n" for metrics in kept))
+    return {name: value for metrics in kept for name, value in metrics.items() if name != "step"}
+
+
+class TensorBoardSink:
+    """Scalars under `train/`, `moe/`, `lr/`, `validation/`, `progress/` and `system/`, new after step `done`."""
+
+    def __init__(self, directory: Path, done: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), flush_secs=30)
+        self._writer = SummaryWriter(str(directory), flush_secs=30, purge_step=done + 1)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Add one point to each metric's chart."""
@@ -82,7 +105,11 @@ class Sinks:
     def write(self, step: int, metrics: Metrics) -> None:
         """Hand `metrics` to every sink."""
         for sink in self._sinks:
-            sink.write(step, metrics)
+            try:
+                sink.write(step, metrics)
+            except OSError as error:
+                # A full disk must not end a run that may still be saved elsewhere, or when there is space again.
+                logging.getLogger(__name__).warning("metrics of step %d were not written: %s", step, error)
 
     def __enter__(self) -> Self:
         return self

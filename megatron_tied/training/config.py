@@ -102,6 +102,11 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     # Steps between comparisons of what ranks must hold in common (0: none); a difference ends the run.
     check_consistency_every: CountFromZero = 0
+    # auto: after the newest sound checkpoint of run_dir, if it has one; never: refuse a run_dir that has been used; or
+    # like auto, but begin from the checkpoint at this path, or the latest of the run there.
+    resume: PathName = "auto"
+    # A checkpoint whose weights, and nothing else, a new run begins with.
+    init_from: PathName | None = None
     # After a step that was discarded, its gradient norm not being finite; fp16 always goes on: it has a loss scale.
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
@@ -119,6 +124,18 @@ class OptimizerConfig(Section):
     clip_grad: NonNegative = 1.0
 
 
+class CheckpointConfig(Section):
+    """When the whole state of a run is written to run_dir/checkpoints. The last step always is, unless never."""
+
+    # Steps between checkpoints; 0: never.
+    save_every: CountFromZero = 500
+    # How many are kept, and which steps are kept for good: those that keep_every divides (0: none).
+    keep_last: Count = 2
+    keep_every: CountFromZero = 0
+    # Write in the background while training goes on; costs a copy in host memory.
+    async_save: bool = True
+
+
 class MonitorConfig(Section):
     """What is written beside metrics.jsonl, every `train.log_every` steps."""
 
@@ -134,6 +151,7 @@ class RunConfig(Section):
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     # What ds_config.json would hold; ZeRO stage 1 unless it says another.
     deepspeed: dict[str, Any] = {}
@@ -164,6 +182,7 @@ class RunConfig(Section):
             *self._schedule_problems(),
             *deepspeed_problems(self.deepspeed, **self._run_values(world_size)),
             *deepspeed_type_problems(self.deepspeed),
+            *self._checkpoint_problems(),
         ]
 
     def _run_values(self, world_size: int) -> RunValues:
@@ -238,6 +257,19 @@ class RunConfig(Section):
             if train.eval_every and for_validation == 0:
                 valid = "must be 0 without validation data: see data.validation and data.split"
                 yield Problem("train.eval_every", train.eval_every, valid)
+
+    def _checkpoint_problems(self) -> Iterator[Problem]:
+        if self.checkpoint.save_every and self.offloads_to_nvme():
+            valid = "must be 0 with offload to nvme: what is on it is not saved; offload to cpu is"
+            yield Problem("checkpoint.save_every", self.checkpoint.save_every, valid)
+
+    def offloads_to_nvme(self) -> bool:
+        """Whether ZeRO keeps optimizer states or parameters on disks."""
+        zero = self.deepspeed.get("zero_optimization")
+        if not isinstance(zero, Mapping):
+            return False
+        sections = (zero.get("offload_optimizer"), zero.get("offload_param"))
+        return any(isinstance(section, Mapping) and section.get("device") == "nvme" for section in sections)
 
 
 def transformer_fields() -> Mapping[str, str]:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from megatron_tied.engine.ds_config import values_for_run_config
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.files import write_whole
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.topology import TieConfig
 from megatron_tied.training.config import RunConfig, Section, transformer_fields
@@ -58,11 +59,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
 
 def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Writes all values, defaults included, as YAML that loads to an equal RunConfig. Atomic."""
-    path = Path(path)
-    text = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(Path(path), OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
 
 
 def _read_yaml(path: Path) -> DictConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -14,15 +14,32 @@ from megatron_tied.data.sampler import GlobalBatchSampler, train_loader
 from megatron_tied.engine.engine import TiedMoEEngine
 from megatron_tied.monitor.sinks import Sinks
 from megatron_tied.platform import device
+from megatron_tied.training.checkpoints import Checkpoints
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.evaluation import Batch, LossFunction, evaluate
 from megatron_tied.training.guards import check_consistency, check_step, loss_scale_floor
 from megatron_tied.training.progress import Progress
+from megatron_tied.training.signals import StopSignals
 from megatron_tied.training.window import Window
 
 
-def train(config: RunConfig, engine: TiedMoEEngine, datasets: Datasets, sinks: Sinks) -> dict[str, Any]:
-    """Run all steps, with logging and evaluation; returns the last value of every metric."""
+class Trained(NamedTuple):
+    """The last step that was done, and the last value of every metric."""
+
+    step: int
+    metrics: dict[str, Any]
+
+
+def train(
+    config: RunConfig,
+    engine: TiedMoEEngine,
+    datasets: Datasets,
+    sinks: Sinks,
+    checkpoints: Checkpoints,
+    signals: StopSignals,
+    done: int = 0,
+) -> Trained:
+    """Run the steps after the first `done`, with logging, evaluation and checkpoints, to the end or to a signal."""
     settings = config.train
     loss_function = LossFunction(settings.seq_length, device())
     window = Window(config, engine)
@@ -32,9 +49,10 @@ def train(config: RunConfig, engine: TiedMoEEngine, datasets: Datasets, sinks: S
         sinks.write(step, metrics)
         latest.update(metrics)
 
-    batches = iter(_loader(config, datasets.train, settings.steps))
-    with Progress(settings.steps, enabled=torch.distributed.get_rank() == 0) as progress:
-        for step in range(1, settings.steps + 1):
+    step = done
+    batches = iter(_loader(config, datasets.train, settings.steps, done))
+    with Progress(settings.steps, first=done, enabled=torch.distributed.get_rank() == 0) as progress:
+        for step in range(done + 1, settings.steps + 1):
             learning_rates = {group["label"]: group["lr"] for group in engine.optimizer.param_groups}
             with loss_scale_floor(step):
                 window.add(train_step(engine, loss_function, batches))
@@ -52,7 +70,15 @@ def train(config: RunConfig, engine: TiedMoEEngine, datasets: Datasets, sinks: S
                 window.pause(time.perf_counter() - began)
                 log(step, {"validation_loss": loss})
                 progress.say(f"step {step}: validation loss {loss:.4f}")
-    return latest
+            checkpoints.after_step(step, progress.say)
+            if signal := signals.received():
+                saves = config.checkpoint.save_every > 0
+                then = "saving" if saves else "and nothing is saved: checkpoint.save_every is 0"
+                progress.say(f"step {step}: received {signal}, {then}")
+                break
+        if step > done:
+            checkpoints.finish(step, progress.say)
+    return Trained(step, latest)
 
 
 def train_step(engine: TiedMoEEngine, loss_function: LossFunction, batches: Iterator[Batch]) -> torch.Tensor:
@@ -72,11 +98,13 @@ def _is_evaluation_step(config: RunConfig, datasets: Datasets, step: int) -> boo
     return step % config.train.eval_every == 0 or step == config.train.steps
 
 
-def _loader(config: RunConfig, dataset: torch.utils.data.Dataset, steps: int) -> torch.utils.data.DataLoader:
+def _loader(
+    config: RunConfig, dataset: torch.utils.data.Dataset, steps: int, done: int = 0
+) -> torch.utils.data.DataLoader:
     settings = config.train
     sampler = GlobalBatchSampler(
         num_samples=steps * settings.global_batch_size,
-        consumed_samples=0,
+        consumed_samples=done * settings.global_batch_size,
         micro_batch_size=settings.micro_batch_size,
         global_batch_size=settings.global_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(),

@@ -8,17 +8,22 @@ from pathlib import Path
 
 import torch
 
+from megatron_tied.checkpoint.layout import Layout, model_layout
 from megatron_tied.data.datasets import Datasets, build_datasets
 from megatron_tied.engine.engine import TiedMoEEngine
 from megatron_tied.engine.groups import initialize_model_parallel
 from megatron_tied.engine.initialize import initialize
 from megatron_tied.engine.parameter_groups import parameter_groups
 from megatron_tied.models.gpt import build_gpt_model
-from megatron_tied.monitor.sinks import JsonLinesSink, Sinks, TensorBoardSink
+from megatron_tied.monitor.sinks import METRICS, JsonLinesSink, Sinks, TensorBoardSink, forget_metrics_after
+from megatron_tied.training.checkpoints import Checkpoints
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.loop import train
+from megatron_tied.training.resume import Start
 from megatron_tied.training.schedule import lr_schedule
+from megatron_tied.training.signals import StopSignals
 from megatron_tied.training.startup import check_model, join_processes, prepare_run, split_argument
+from megatron_tied.training.state import RunState
 from megatron_tied.training.summary import parameter_figures, write_summary
 
 
@@ -26,32 +31,51 @@ def run(config: RunConfig) -> None:
     """Train as `config` says; its own problems must be checked. Raises `ConfigError` on every rank alike."""
     join_processes()
     try:
-        config = prepare_run(config)
+        config, start = prepare_run(config)
         parallel = config.parallel
         initialize_model_parallel(parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size)
         check_model(config)
         _say(_introduction(config))
-        _run(config)
+        for remark in start.remarks:
+            _say(remark)
+        _run(config, start)
     finally:
         torch.distributed.destroy_process_group()
 
 
-def _run(config: RunConfig) -> None:
+def _run(config: RunConfig, start: Start) -> None:
     started = time.monotonic()
     directory = Path(config.train.run_dir)
     datasets = _datasets(config)
-    engine, figures = _engine(config)
+    engine, layout, figures = build_engine(config)
+    state = RunState(config, engine, layout)
+    if start.checkpoint is not None:
+        state.restore(start.checkpoint)
+    elif start.weights is not None:
+        state.begin_with_weights_of(start.weights)
     _say(f"{config.topology().describe()}; {figures['unique']:,} parameters, untied {figures['untied']:,}")
-    with _sinks(config, directory) as sinks:
-        results = train(config, engine, datasets, sinks)
-    if torch.distributed.get_rank() == 0:
+    # Of their own: the one is used while a save in the background uses the other.
+    for_signals, for_saving = (torch.distributed.new_group(backend="gloo") for _ in range(2))
+    is_first = torch.distributed.get_rank() == 0
+    earlier = forget_metrics_after(start.step, directory / METRICS) if is_first else {}
+    with (
+        _sinks(config, directory, start.step) as sinks,
+        Checkpoints.of_run(config, state, for_saving) as checkpoints,
+        StopSignals(for_signals) as signals,
+    ):
+        step, metrics = train(config, engine, datasets, sinks, checkpoints, signals, start.step)
+    if step < config.train.steps:
+        _say(f"stopped after step {step} of {config.train.steps}; to go on, start it again (train.resume: auto)")
+        return
+    if is_first:
         summary = {
             "steps": config.train.steps,
             "parameters": figures,
             "topology": config.topology().describe(),
             "world_size": torch.distributed.get_world_size(),
             "seconds": round(time.monotonic() - started, 1),
-            **results,
+            **earlier,
+            **metrics,
         }
         write_summary(directory / "summary.json", summary)
     _say(f"finished in {time.monotonic() - started:.0f} s: {directory / 'summary.json'}")
@@ -89,22 +113,24 @@ def _datasets(config: RunConfig) -> Datasets:
     )
 
 
-def _engine(config: RunConfig) -> tuple[TiedMoEEngine, dict[str, int]]:
+def build_engine(config: RunConfig) -> tuple[TiedMoEEngine, Layout, dict[str, int]]:
+    """The engine of a run at step 0, where its parameters stand in a checkpoint, and their figures."""
     settings = config.optimizer
+    ds_config = config.deepspeed_config(torch.distributed.get_world_size())
     model = build_gpt_model(config.model, config.tie, seed=config.train.seed, precision=config.train.precision)
     figures = parameter_figures(model, config.topology())
+    layout = model_layout(model, partitioned=ds_config["zero_optimization"]["stage"] > 0)
     groups = parameter_groups(model, lr=settings.lr, weight_decay=settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
     schedule = lr_schedule(optimizer, config.train.steps, settings)
-    ds_config = config.deepspeed_config(torch.distributed.get_world_size())
     engine, *_ = initialize(model, ds_config, optimizer=optimizer, lr_scheduler=schedule)
-    return engine, figures
+    return engine, layout, figures
 
 
-def _sinks(config: RunConfig, directory: Path) -> Sinks:
+def _sinks(config: RunConfig, directory: Path, done: int) -> Sinks:
     if torch.distributed.get_rank() != 0:
         return Sinks()
-    sinks = [JsonLinesSink(directory / "metrics.jsonl")]
+    sinks = [JsonLinesSink(directory / METRICS)]
     if config.monitor.tensorboard:
-        sinks.append(TensorBoardSink(directory / "tensorboard"))
+        sinks.append(TensorBoardSink(directory / "tensorboard", done))
     return Sinks(*sinks)

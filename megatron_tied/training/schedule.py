@@ -22,6 +22,16 @@ def lr_factor(step: int, steps: int, optimizer: OptimizerConfig) -> float:
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def go_to(schedule: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
+    """Set every group's learning rate to what it is after `step` steps of the schedule."""
+    schedule.last_epoch = step
+    schedule._last_lr = [
+        base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
+
+
 def lr_schedule(
     optimizer: torch.optim.Optimizer, steps: int, config: OptimizerConfig
 ) -> torch.optim.lr_scheduler.LambdaLR:

@@ -12,12 +12,14 @@ from megatron_tied.data.checks import check_data
 from megatron_tied.data.tokenizer import SentencePieceTokenizer
 from megatron_tied.engine.groups import start_distributed
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.files import write_whole
 from megatron_tied.models.gpt import transformer_config
 from megatron_tied.platform.host import share_host_threads
 from megatron_tied.platform.quiet import quiet_deepspeed
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import save_config
 from megatron_tied.training.deepspeed_section import refused_by_deepspeed
+from megatron_tied.training.resume import Start, checkpoint_directory, choose_start
 
 
 def join_processes() -> None:
@@ -33,11 +35,11 @@ def join_processes() -> None:
     start_distributed()
 
 
-def prepare_run(config: RunConfig) -> RunConfig:
-    """Check what a run finds on this machine and make its directory, with `config.yaml`.
+def prepare_run(config: RunConfig) -> tuple[RunConfig, Start]:
+    """Check what a run finds on this machine, choose where it begins, and make its directory, with `config.yaml`.
 
-    Returns the config, with the tokenizer's vocabulary size where it named none. Raises `ConfigError` on every rank,
-    with the problems of all. A collective.
+    Returns the config, with the tokenizer's vocabulary size where it named none, and the start. Raises `ConfigError`
+    on every rank, with the problems of all. A collective.
     """
     try:
         config = _with_vocabulary(config)
@@ -45,8 +47,10 @@ def prepare_run(config: RunConfig) -> RunConfig:
     except ConfigError as error:
         problems = list(error.problems)
     _agree(problems)
+    start = choose_start(config)
     _agree(_create_run_directory(config))
-    return config
+    _agree(_unseen_directory(config))
+    return config, start
 
 
 def check_model(config: RunConfig) -> None:
@@ -86,11 +90,6 @@ def _local_problems(config: RunConfig) -> list[Problem]:
         vocab_size=config.model.vocab_size,
         seq_length=config.train.seq_length,
     )
-    metrics = Path(config.train.run_dir, "metrics.jsonl")
-    # It is empty after a run that failed before its first step.
-    if metrics.is_file() and metrics.stat().st_size:
-        valid = "holds the metrics of an earlier run: name a new directory, or remove this one"
-        problems.append(Problem("train.run_dir", config.train.run_dir, valid))
     return problems + refused_by_deepspeed(config.deepspeed)
 
 
@@ -113,9 +112,20 @@ def _create_run_directory(config: RunConfig) -> list[Problem]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_config(config, directory / "config.yaml")
+        if config.checkpoint.save_every:
+            checkpoint_directory(config).root.mkdir(exist_ok=True)
+            write_whole(checkpoint_directory(config).root / ".writable", "")
     except OSError as error:
         return [Problem("train.run_dir", str(directory), f"must be a directory that can be written: {error}")]
     return []
+
+
+def _unseen_directory(config: RunConfig) -> list[Problem]:
+    root = checkpoint_directory(config).root
+    if not config.checkpoint.save_every or root.is_dir():
+        return []
+    valid = f"must be in a file system that all ranks share: {socket.gethostname()} does not see its checkpoints"
+    return [Problem("train.run_dir", config.train.run_dir, valid)]
 
 
 def _free_port() -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
+from megatron_tied.files import write_whole
 from megatron_tied.layers.moe_layer import tied_layers
 from megatron_tied.layers.tensor_parallel import whole_shape
 from megatron_tied.topology import TieTopology
@@ -46,6 +46,4 @@ def parameter_figures(model: torch.nn.Module, topology: TieTopology) -> dict[str
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
     """Write `summary` as JSON, atomically: a run with this file has finished."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(summary, indent=2) + "\n")

@@ -126,6 +126,14 @@ def test_a_contradiction_names_both(user: dict[str, Any], line: str):
         ({"activation_checkpointing": {"x": 1}}, "deepspeed.activation_checkpointing = {'x': 1}: has no"),
         ({"gradient_allreduce_op": "sum"}, "deepspeed.gradient_allreduce_op = 'sum': must be \"mean\""),
         (
+            {"zero_optimization": {"round_robin_gradients": True}},
+            "deepspeed.zero_optimization.round_robin_gradients = True: must be false",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            "deepspeed.zero_optimization.offload_optimizer.super_offload = True: must be false",
+        ),
+        (
             {"zero_optimization": {"leaf_module": {"classes": ["X"]}}},
             "deepspeed.zero_optimization.leaf_module = {'classes': ['X']}: must be left out",
         ),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_tied.monitor.sinks import JsonLinesSink, Sinks, TensorBoardSink, tensorboard_tag
+from megatron_tied.monitor.sinks import JsonLinesSink, Sinks, TensorBoardSink, forget_metrics_after, tensorboard_tag
 
 
 def lines(file: Path) -> list[dict[str, float]]:
@@ -31,6 +31,31 @@ def test_a_later_sink_adds_to_the_file(tmp_path):
         with Sinks(JsonLinesSink(file)) as sinks:
             sinks.write(step, {"loss": 1.0})
     assert [line["step"] for line in lines(file)] == [1, 2]
+
+
+def test_a_run_that_goes_on_forgets_what_it_had_logged_later(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    with Sinks(JsonLinesSink(file)) as sinks:
+        for step in (1, 2, 3):
+            sinks.write(step, {"loss": 1.0 / step})
+        sinks.write(2, {"validation_loss": 7.0})
+    with file.open("ab") as stream:
+        stream.write(b'\xff\n{"step": 2, "loss": 0.5}\n{"step": 4, "lo')
+    assert forget_metrics_after(2, file) == {"loss": 0.5, "validation_loss": 7.0}
+    assert [line["step"] for line in lines(file)] == [1, 2, 2, 2]
+    assert forget_metrics_after(0, file) == {}
+    assert lines(file) == []
+    assert forget_metrics_after(0, tmp_path / "no such file") == {}
+
+
+def test_tensorboard_forgets_it_too(tmp_path):
+    for done, steps in ((0, (1, 2, 3)), (1, (2,))):
+        with Sinks(TensorBoardSink(tmp_path, done)) as sinks:
+            for step in steps:
+                sinks.write(step, {"loss": float(10 * done + step)})
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 12.0)]
 
 
 def test_scalars_can_be_read_by_tensorboard(tmp_path):

@@ -75,6 +75,7 @@ def config_values(corpus: Corpus, run_dir: Path) -> dict[str, Any]:
             "precision": "fp32",
         },
         "optimizer": {"lr": 5e-3, "min_lr": 5e-4, "warmup_steps": 3},
+        "checkpoint": {"save_every": 0},
         "deepspeed": {"zero_optimization": {"stage": 1}},
     }
 

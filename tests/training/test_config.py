@@ -310,6 +310,10 @@ def test_bad_ds_config_file(config_file: Path, tmp_path: Path, content: str, mes
         (["model.sequence_parallel=true"], "model.sequence_parallel = True: must be left out"),
         (["model.perform_initialization=true"], "model.perform_initialization = True: must be left out"),
         (["deepspeed.zero_optimization.stage=4"], "deepspeed.zero_optimization.stage = 4: must be 0, 1"),
+        (
+            ["deepspeed.zero_optimization={stage: 3, offload_optimizer: {device: nvme, nvme_path: /tmp}}"],
+            "checkpoint.save_every = 500: must be 0 with offload to nvme",
+        ),
     ],
 )
 def test_content_that_does_not_fit_together(config_file: Path, overrides: list[str], line: str):

@@ -112,7 +112,7 @@ def _raising(error: BaseException) -> Callable[[object], NoReturn]:
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (KeyboardInterrupt(), 130, "interrupted: {run_dir} has no summary.json"),
+        (KeyboardInterrupt(), 130, "interrupted: {run_dir} has no checkpoint"),
         (TrainingStopped("step 3: what to do"), 1, "error: step 3: what to do"),
     ],
 )

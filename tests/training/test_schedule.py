@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tied.training.config import OptimizerConfig
-from megatron_tied.training.schedule import lr_factor, lr_schedule
+from megatron_tied.training.schedule import go_to, lr_factor, lr_schedule
 
 
 def test_warm_up_is_linear_and_reaches_the_peak_in_its_last_step():
@@ -59,5 +59,9 @@ def test_groups_keep_their_ratio():
     for step in range(6):
         rates = [group["lr"] for group in optimizer.param_groups]
         assert rates == pytest.approx([lr * lr_factor(step, 6, config) for lr in (8.0, 4.0, 1.0)])
+        other = torch.optim.SGD([{"params": [weights[0]], "lr": 8.0}, {"params": [weights[1]], "lr": 4.0}])
+        go_to(lr_schedule(other, 6, config), step)
+        # The very bits of a schedule that was stepped there.
+        assert [group["lr"] for group in other.param_groups] == rates[:2]
         optimizer.step()
         schedule.step()

@@ -1,0 +1,59 @@
+"""`megatron-tied checkpoint inspect|verify DIR`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from tqdm import tqdm
+
+from megatron_tied.checkpoint.directory import resolve
+from megatron_tied.checkpoint.manifest import BrokenCheckpointError, Manifest
+from megatron_tied.checkpoint.report import report
+from megatron_tied.errors import ConfigError, Problem
+
+_WIDTH = 160  # of a table that goes to a file
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds `checkpoint` with its two actions."""
+    parser = subparsers.add_parser("checkpoint", help="look into a checkpoint, or check every byte of it")
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    for name, action, told in (
+        ("inspect", _inspect, "list its banks, tensors and files; reads the manifest only"),
+        ("verify", _verify, "read every file again and compare it with its checksum"),
+    ):
+        sub = actions.add_parser(name, help=told, description=told)
+        sub.add_argument("directory", metavar="DIR", type=Path, help="a checkpoint, or a run, whose latest is meant")
+        sub.set_defaults(run=action)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    directory, manifest = _read(args.directory)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDTH)
+    console.print(report(directory, manifest))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    directory, manifest = _read(args.directory)
+    try:
+        for name in tqdm(manifest.files, desc="verifying", unit="file", leave=False, disable=None):
+            manifest.check_file(directory, name)
+    except BrokenCheckpointError as error:
+        raise ConfigError(Problem("DIR", str(args.directory), f"is not sound: {error}")) from None
+    print(f"{directory}: sound, {len(manifest.files)} files of {sum(f.bytes for f in manifest.files.values()):,} bytes")
+    return 0
+
+
+def _read(path: Path) -> tuple[Path, Manifest]:
+    try:
+        directory = resolve(path)
+        manifest = Manifest.read(directory)
+        manifest.check_presence(directory)
+    except BrokenCheckpointError as error:
+        raise ConfigError(Problem("DIR", str(path), f"is not sound: {error}")) from None
+    return directory, manifest

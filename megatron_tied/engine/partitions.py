@@ -1,0 +1,120 @@
+"""What this rank's optimizer holds, as pieces of the model's parameters, at any ZeRO stage.
+
+DeepSpeed keeps weights and optimizer states in flat tensors, cut at places that depend on the number of ranks and on
+the stage. Here each of them is told as a run of elements of one parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_tied.engine.engine import TiedMoEEngine
+
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements `start` and following of a flattened parameter of this rank.
+
+    `tensors` holds the weights that the optimizer updates, under "weight" (float32 at every ZeRO stage), and its
+    states under its own names: 1-D views of equal length, writing to which changes the optimizer.
+    """
+
+    parameter: str
+    start: int
+    tensors: dict[str, torch.Tensor]
+
+
+def fragments(engine: TiedMoEEngine) -> list[Fragment]:
+    """Everything that this rank's optimizer holds."""
+    return [
+        Fragment(name, start, {key: flat.narrow(0, offset, numel) for key, flat in _flat_tensors(engine, holder)})
+        for name, start, numel, holder, offset in _runs(engine)
+    ]
+
+
+def optimizer_scalars(engine: TiedMoEEngine) -> dict[str, float]:
+    """The optimizer states that are numbers, such as Adam's step count: the same for all parameters."""
+    found: dict[str, float] = {}
+    for holder in _holders(engine):
+        found |= {key: float(value) for key, value in _state(engine, holder).items() if not _is_like(value, holder)}
+    return found
+
+
+def create_optimizer_states(engine: TiedMoEEngine, keys: Iterable[str], scalars: dict[str, float]) -> None:
+    """Give every parameter the states `keys`, of zeros where it has none, and the `scalars`."""
+    keys = list(keys)
+    for holder in _holders(engine):
+        state = _state(engine, holder)
+        for key in keys:
+            state.setdefault(key, torch.zeros_like(holder, memory_format=torch.contiguous_format))
+        state |= {key: torch.tensor(value, dtype=torch.float32) for key, value in scalars.items()}
+
+
+def publish_weights(engine: TiedMoEEngine) -> None:
+    """Make the model's parameters those that the optimizer now holds; a collective."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage in (1, 2):
+        optimizer.update_lp_params()
+    elif stage == 3:
+        # As ZeRO 3 does when it loads a checkpoint of its own (`_rigid_load_state_dict`).
+        for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            if flat.numel():
+                optimizer.fp16_partitioned_groups_flat[index].data.copy_(flat.data)
+            optimizer._unflatten_partitioned_parameters(index)
+        if kept := optimizer.persistent_parameters:
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
+
+
+def _runs(engine: TiedMoEEngine) -> Iterator[tuple[str, int, int, torch.Tensor, int]]:
+    """(parameter name, first element in it, elements, the flat tensor that holds them, where in it)."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if stage == 0:
+            yield name, 0, parameter.numel(), parameter, 0
+        elif stage < 3:
+            # What DeepSpeed made for its universal checkpoints; None: other ranks hold all of the parameter.
+            if (mapping := parameter._hp_mapping) is not None:
+                here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                holder = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+                yield name, here.start, here.numel, holder, there.start
+        else:
+            group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = optimizer._get_param_partition_rank(parameter) * padded
+            numel = min(padded, parameter.ds_numel - start)
+            if numel > 0:
+                yield name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset
+
+
+def _holders(engine: TiedMoEEngine) -> list[torch.Tensor]:
+    """The tensors that the inner optimizer updates, as keys of its state."""
+    if engine.zero_optimization_stage() == 3:
+        # Its groups are empty: ZeRO 3 lends them these for the duration of a step.
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return [parameter for group in _inner(engine).param_groups for parameter in group["params"]]
+
+
+def _inner(engine: TiedMoEEngine) -> torch.optim.Optimizer:
+    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+
+
+def _state(engine: TiedMoEEngine, holder: torch.Tensor) -> dict[str, object]:
+    return _inner(engine).state[holder]
+
+
+def _flat_tensors(engine: TiedMoEEngine, holder: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    yield WEIGHT, holder.detach().view(-1)
+    for key, value in _state(engine, holder).items():
+        if _is_like(value, holder):
+            yield key, value.view(-1)
+
+
+def _is_like(value: object, holder: torch.Tensor) -> bool:
+    return torch.is_tensor(value) and value.shape == holder.shape

@@ -1,0 +1,83 @@
+"""May a run go on from a checkpoint that another config has written? Compared before any model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.training.config import RunConfig
+from megatron_tied.training.config_file import parse_config
+
+# How a model is computed and regularised, not what it is: these may change.
+_FREE_MODEL_KEYS = {
+    *("preset", "scale", "expert_backend", "moe_token_dispatcher_type"),
+    *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+    *("hidden_dropout", "attention_dropout", "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate"),
+    *("init_method_std", "moe_router_load_balancing_type", "moe_router_dtype", "moe_expert_capacity_factor"),
+    *("moe_permute_fusion", "moe_router_fusion", "moe_shared_expert_overlap", "masked_softmax_fusion"),
+    *("bias_activation_fusion", "bias_dropout_fusion", "cross_entropy_loss_fusion", "deterministic_mode"),
+}
+# What the order of samples follows from.
+_DATA_KEYS = (("train", "seq_length"), ("train", "global_batch_size"), ("train", "seed"))
+
+
+def same_model_problems(config: RunConfig, saved: Mapping[str, Any], checkpoint: str) -> list[Problem]:
+    """Why the weights of a run with the config `saved` are not those of this run's model."""
+    try:
+        other = parse_config(saved)
+    except ConfigError as error:
+        return [Problem(checkpoint, None, f"was written with a config that is not valid here: {error}")]
+    return [*_model_problems(config, other, checkpoint), *_tie_problems(config, other, checkpoint)]
+
+
+def resume_problems(config: RunConfig, saved: Mapping[str, Any], checkpoint: str) -> list[Problem]:
+    """Why a run with the config `saved` cannot be gone on with by this one: another model, or another order of data.
+
+    The number of ranks and how the model is spread over them, the ZeRO stage, offload, precision, learning rates and
+    whatever is only watched or written may all change.
+    """
+    if problems := same_model_problems(config, saved, checkpoint):
+        return problems
+    return list(_data_problems(config, parse_config(saved), checkpoint))
+
+
+def _model_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> Iterator[Problem]:
+    ours, theirs = config.model.model_dump(), other.model.model_dump()
+    for key in sorted((ours.keys() | theirs.keys()) - _FREE_MODEL_KEYS):
+        if ours.get(key) != theirs.get(key):
+            yield Problem(f"model.{key}", ours.get(key), f"must be {theirs.get(key)!r}, as in {checkpoint}")
+
+
+def _tie_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> Iterator[Problem]:
+    if config.model.num_layers != other.model.num_layers:
+        return
+    ours, theirs = config.topology(), other.topology()
+    if ours.bank_of_layer != theirs.bank_of_layer or config.tie.num_tied_experts != other.tie.num_tied_experts:
+        yield Problem("tie", ours.describe(), f"must be {theirs.describe()}, as in {checkpoint}")
+
+
+def _data_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> Iterator[Problem]:
+    reason = f"as in {checkpoint}: another would change the order of samples; see train.init_from for a new run"
+    for section, key in _DATA_KEYS:
+        ours, theirs = getattr(getattr(config, section), key), getattr(getattr(other, section), key)
+        if ours != theirs:
+            yield Problem(f"{section}.{key}", ours, f"must be {theirs!r}, {reason}")
+    ours, theirs = _share(config), _share(other)
+    if ours != theirs:
+        yield Problem("data.split", ours, f"must leave {theirs} of data.train for training, {reason}")
+    # The paths may differ: data is copied to other machines. How much of each is read may not.
+    if _weights(config.data.train) != _weights(other.data.train):
+        yield Problem("data.train", config.data.train, f"must have the weights of {other.data.train!r}, {reason}")
+
+
+def _share(config: RunConfig) -> float:
+    """Of data.train, what is trained on: all, if there is other data for validation."""
+    if config.data.validation is not None:
+        return 1.0
+    first, second = config.data.split
+    return first / (first + second)
+
+
+def _weights(blend: str | tuple[float | str, ...]) -> tuple[float, ...]:
+    return (1.0,) if isinstance(blend, str) else tuple(map(float, blend[::2]))

@@ -1,0 +1,200 @@
+"""A run that is gone on with is the run that was never interrupted: bit for bit, or to rounding on other ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_tied import build_gpt_model
+from megatron_tied.checkpoint.layout import model_layout
+from megatron_tied.checkpoint.loader import load_weights, verified
+from megatron_tied.checkpoint.manifest import Manifest
+from megatron_tied.checkpoint.weights import WeightReader
+from megatron_tied.training.config_file import parse_config
+from tests.distributed.launch import launch
+from tests.training.runs import Corpus, config_values, read_metrics
+
+STEPS, HALF = 20, 10
+EP, STAGE = "parallel.expert_model_parallel_size", "deepspeed.zero_optimization.stage"
+TP = "parallel.tensor_model_parallel_size"
+OFFLOAD = "deepspeed.zero_optimization.offload_optimizer.device=cpu"
+OFFLOAD_3 = "deepspeed.zero_optimization.offload_param.device=cpu"
+METRICS = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "lr")
+
+# On two processes, EP 2, two micro-batches a step: what the straight run is started with, and the run from its middle.
+BITWISE = {
+    "zero0": [f"{STAGE}=0"],
+    "zero1": [f"{STAGE}=1"],
+    "zero2": [f"{STAGE}=2", "checkpoint.async_save=false"],
+    "zero3": [f"{STAGE}=3"],
+    "bf16": [f"{STAGE}=2", "train.precision=bf16"],
+    "fp16": [f"{STAGE}=1", "train.precision=fp16", "deepspeed.fp16.initial_scale_power=8"],
+    "dropout": [f"{STAGE}=1", "model.hidden_dropout=0.1", "model.attention_dropout=0.1"],
+    "expert bias": [
+        *("model.moe_router_score_function=sigmoid", "model.moe_router_enable_expert_bias=true"),
+        *("model.moe_router_load_balancing_type=none", "model.moe_aux_loss_coeff=0.0"),
+    ],
+    "offload": [f"{STAGE}=2", OFFLOAD],
+    "tp2": [f"{EP}=1", f"{TP}=2", f"{STAGE}=1"],
+    "tp2, ep2": [f"{TP}=2", f"{STAGE}=3"],
+}
+# From the checkpoint of "zero1" on two processes.
+ON_TWO = {
+    "to zero3": [f"{STAGE}=3"],
+    "to zero0": [f"{STAGE}=0"],
+    "to ep1": [f"{EP}=1", f"{STAGE}=2"],
+    "to tp2": [f"{EP}=1", f"{TP}=2"],
+    "to tp2, zero3": [f"{TP}=2", f"{STAGE}=3"],
+    "to sequential experts": ["model.expert_backend=sequential", f"{STAGE}=3"],
+    "to offload": [f"{STAGE}=3", OFFLOAD, OFFLOAD_3],
+    "to recompute": ["model.recompute_granularity=selective", "model.recompute_modules=[moe]"],
+}
+# From a checkpoint written by (world 4, EP 2, ZeRO 2): world -> name -> how it is gone on with there.
+ANY_TO_ANY = {
+    4: {"4, 4, zero1": [f"{EP}=4", f"{STAGE}=1"]},
+    2: {"2, 2, zero3": [f"{EP}=2", f"{STAGE}=3"], "2, 1, zero1": [f"{EP}=1", f"{STAGE}=1"]},
+    1: {"1, 1, zero0": [f"{EP}=1", f"{STAGE}=0"]},
+}
+
+
+class Runs:
+    """Runs by name, in directories of their own."""
+
+    def __init__(self, directory: Path, corpus: Corpus):
+        self.directory = directory
+        values = config_values(corpus, directory / "unused")
+        # A blend, two micro-batches a step on two processes, every step logged.
+        values["data"]["train"] = [0.75, str(corpus.a), 0.25, str(corpus.b)]
+        values["train"] |= {"steps": STEPS, "log_every": 1, "eval_every": 0}
+        self._config = directory / "config.yaml"
+        self._config.write_text(json.dumps(values))
+
+    def start(self, world: int, runs: dict[str, list[str]]) -> None:
+        """Train all of them, one after the other, on `world` processes."""
+        commands = {str(self.directory / name): overrides for name, overrides in runs.items()}
+        launch("tests.training.many_runs", world, str(self._config), json.dumps(commands))
+
+    def checkpoint(self, name: str, step: int) -> Path:
+        return self.directory / name / "checkpoints" / f"step_{step:08d}"
+
+    def resume(self, name: str) -> str:
+        """The override that goes on from the middle of the run `name`."""
+        return f"train.resume={self.checkpoint(name, HALF)}"
+
+    def steps(self, name: str) -> dict[int, dict[str, float]]:
+        """The metrics of every step."""
+        lines = {line["step"]: line for line in read_metrics(self.directory / name)}
+        return {step: {metric: line[metric] for metric in METRICS} for step, line in lines.items()}
+
+
+SAVE = f"checkpoint.save_every={HALF}"
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    made = Runs(tmp_path_factory.mktemp("resume"), corpus)
+    straight = {name: [*overrides, SAVE] for name, overrides in BITWISE.items()}
+    resumed = {f"{name} resumed": [*overrides, made.resume(name)] for name, overrides in BITWISE.items()}
+    moved = {name: [*overrides, made.resume("zero1")] for name, overrides in ON_TWO.items()}
+    weights = {
+        "weights only": [
+            f"train.init_from={made.checkpoint('zero1', STEPS)}",
+            "train.steps=2",
+            "optimizer.warmup_steps=1",
+        ]
+    }
+    made.start(2, straight | resumed | moved | weights)
+    made.start(4, {"4, 2, zero2": [f"{EP}=2", f"{STAGE}=2", SAVE]})
+    for world, cases in ANY_TO_ANY.items():
+        made.start(world, {name: [*overrides, made.resume("4, 2, zero2")] for name, overrides in cases.items()})
+    return made
+
+
+def after(steps: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
+    return {step: metrics for step, metrics in steps.items() if step > HALF}
+
+
+@pytest.mark.parametrize("name", BITWISE)
+def test_ten_and_ten_steps_are_twenty_bit_for_bit(runs: Runs, name: str) -> None:
+    expected, found = runs.steps(name), runs.steps(f"{name} resumed")
+    assert found == after(expected)
+    assert len(found) == HALF
+
+
+def moved() -> list[tuple[str, str]]:
+    cases = [("zero1", name) for name in ON_TWO]
+    return cases + [("4, 2, zero2", name) for of_world in ANY_TO_ANY.values() for name in of_world]
+
+
+@pytest.mark.parametrize(("origin", "name"), moved())
+def test_any_topology_goes_on_from_any(runs: Runs, origin: str, name: str) -> None:
+    expected, found = after(runs.steps(origin)), runs.steps(name)
+    assert found.keys() == expected.keys()
+    for step, metrics in expected.items():
+        assert found[step] == pytest.approx(metrics, rel=1e-5), step
+
+
+def test_weights_only_begin_a_new_run_where_the_other_ended(runs: Runs) -> None:
+    first, last = runs.steps("weights only")[1], runs.steps("zero1")[STEPS]
+    untrained = runs.steps("zero1")[1]
+    # On other samples, before the first update.
+    assert abs(first["lm_loss"] - last["lm_loss"]) < 0.2 * (untrained["lm_loss"] - last["lm_loss"])
+
+
+def test_a_checkpoint_holds_each_parameter_once(runs: Runs) -> None:
+    for name, world in (("zero1", 2), ("4, 2, zero2", 4)):
+        parameters = json.loads((runs.directory / name / "summary.json").read_text())["parameters"]["unique"]
+        directory = runs.checkpoint(name, STEPS)
+        manifest = Manifest.read(directory)
+        assert manifest.world_size == world
+        elements = {}
+        for tensor, entry in manifest.tensors.items():
+            state = tensor.partition("/")[0]
+            elements[state] = elements.get(state, 0) + math.prod(entry.shape)
+        assert elements["weight"] == elements["exp_avg"] == elements["exp_avg_sq"] == parameters
+        # What is not state: the random states, and the files' headers, which for so small a model weigh something.
+        on_disk = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+        assert on_disk == sum(file.bytes for file in manifest.files.values())
+        headers = sum(_header_bytes(file) for file in directory.glob("*.safetensors"))
+        assert on_disk - headers - elements["rng"] == pytest.approx(3 * 4 * parameters, rel=0.02)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_weights_are_read_one_at_a_time_and_into_a_plain_model(runs: Runs) -> None:
+    directory = runs.checkpoint("4, 2, zero2", STEPS)
+    reader = WeightReader(directory)
+    config = parse_config(reader.manifest.run)
+    model = build_gpt_model(config.model, config.tie, seed=99)
+    load_weights(model, verified(directory))
+    parameters, seen = dict(model.named_parameters()), set()
+    for name, parameter in model_layout(model, partitioned=False).items():
+        for block in parameter.blocks:
+            place = tuple(slice(o, o + n) for o, n in zip(block.offsets, block.sizes, strict=True))
+            stop = block.start + math.prod(block.sizes)
+            found = parameters[name].detach().flatten()[block.start : stop]
+            assert torch.equal(found.view(block.sizes), reader.read(block.tensor)[place]), block
+            seen.add(block.tensor)
+    assert {name for name, _ in reader} == seen == reader.shapes().keys()
+    # Another run of the same training has other partitions and the same weights.
+    other = WeightReader(runs.checkpoint("zero3", STEPS))
+    for name, weight in reader:
+        torch.testing.assert_close(other.read(name), weight, rtol=1e-3, atol=1e-5)
+
+
+def _header_bytes(file: Path) -> int:
+    with file.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
+def test_the_finished_run_says_so_and_keeps_its_figures(runs: Runs) -> None:
+    before: dict[str, Any] = json.loads((runs.directory / "zero1" / "summary.json").read_text())
+    runs.start(2, {"zero1": BITWISE["zero1"] + [SAVE]})
+    again = json.loads((runs.directory / "zero1" / "summary.json").read_text())
+    assert again | {"seconds": before["seconds"]} == before
+    assert len(runs.steps("zero1")) == STEPS

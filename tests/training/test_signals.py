@@ -1,0 +1,61 @@
+"""SIGTERM and SIGUSR1 end a run after its step, with a checkpoint and exit code 0; the same command goes on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.training.runs import ROOT, Corpus, deepspeed_command, environment, finish, read_metrics, series, write_config
+
+
+def start(command: list[str], run: Path) -> subprocess.Popen[str]:
+    """A job that has begun to train."""
+    job = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert job.poll() is None, job.communicate()[0][-4000:]
+        assert time.monotonic() < deadline, "training does not begin"
+        time.sleep(0.1)
+    return job
+
+
+def ranks(job: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes of the ranks, without those that load data for them."""
+    found = psutil.Process(job.pid).children(recursive=True)
+    train = [process for process in found if any(part.startswith("--local_rank=") for part in process.cmdline())]
+    return [process for process in train if process.parent() not in train]
+
+
+def everything(job: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The launcher, what it has started, and so on: what a scheduler signals."""
+    return [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+
+
+@pytest.mark.parametrize(
+    ("number", "one_rank"), [(signal.SIGUSR1, True), (signal.SIGTERM, True), (signal.SIGTERM, False)]
+)
+def test_saved_before_the_end(corpus: Corpus, tmp_path: Path, number: signal.Signals, one_rank: bool) -> None:
+    config, run = write_config(tmp_path, corpus), tmp_path / "run"
+    overrides = ["train.steps=100000", "checkpoint.save_every=50000", "train.eval_every=0"]
+    job = start(deepspeed_command(config, *overrides), run)
+    for process in [ranks(job)[-1]] if one_rank else everything(job):
+        process.send_signal(number)
+    shown, _ = job.communicate(timeout=120)
+    last = read_metrics(run)[-1]["step"]
+    assert f"step {last}: received {number.name}, saving" in shown
+    assert f"step {last}: saved {run}/checkpoints/step_{last:08d}" in shown
+    assert f"stopped after step {last} of 100000; to go on, start it again (train.resume: auto)" in shown
+    assert not (run / "summary.json").exists()
+    if one_rank:
+        assert job.returncode == 0, shown
+        finished = finish(deepspeed_command(config, *overrides, f"train.steps={last + 2}"))
+        assert finished.code == 0, finished.output
+        assert f"goes on after step {last}: {run}/checkpoints/step_{last:08d}" in finished.our_lines
+        assert len(series(run, "loss")) == last + 2
