@@ -155,7 +155,8 @@ def test_a_failed_build_leaves_no_index_cache(data_set: MakeData, monkeypatch: p
         save(path, *arguments, **options)
 
     monkeypatch.setattr(np, "save", failing)
-    with pytest.raises(OSError, match="no space left"):
+    # Where a process group exists, Megatron-Core raises an Exception of its own from it.
+    with pytest.raises(Exception, match=r"no space left|Failed to write dataset materials"):
         build(a)
     assert caches(a) == []
 
