@@ -114,7 +114,9 @@ def _create_run_directory(config: RunConfig) -> list[Problem]:
         save_config(config, directory / "config.yaml")
         if config.checkpoint.save_every:
             checkpoint_directory(config).root.mkdir(exist_ok=True)
-            write_whole(checkpoint_directory(config).root / ".writable", "")
+            probe = checkpoint_directory(config).root / ".writable"
+            write_whole(probe, "")
+            probe.unlink()
     except OSError as error:
         return [Problem("train.run_dir", str(directory), f"must be a directory that can be written: {error}")]
     return []

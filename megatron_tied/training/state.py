@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
+from megatron_tied import __version__
 from megatron_tied.checkpoint.layout import Layout
 from megatron_tied.checkpoint.loader import Checkpoint, load, saved_buffers
 from megatron_tied.checkpoint.manifest import Manifest
@@ -53,7 +53,7 @@ class RunState:
             step=step,
             consumed_samples=step * self._config.train.global_batch_size,
             world_size=torch.distributed.get_world_size(),
-            software=_software(),
+            software=f"megatron-tied {__version__}",
             run=self._config.model_dump(mode="json"),
             trainer={
                 "banks": [list(bank.layers) for bank in self._config.topology().banks],
@@ -125,10 +125,3 @@ class RunState:
         if "cuda" in by_name:
             torch.cuda.set_rng_state(by_name.pop("cuda"))
         get_cuda_rng_tracker().set_states(by_name)
-
-
-def _software() -> str:
-    try:
-        return f"megatron-tied {version('megatron-tied')}"
-    except PackageNotFoundError:
-        return "megatron-tied"
