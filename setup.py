@@ -11,6 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_tied", "megatron_tied.*"]),
+    package_data={"megatron_tied.planner": ["hardware.yaml"]},
     # The ranges of the first three are checked again at run time: megatron_tied/platform/versions.py.
     install_requires=[
         "torch>=2.10",
@@ -33,6 +34,7 @@ setup(
         "test": ["hypothesis", "pytest>=8", "ruff==0.17.*", "transformers>=5"],
         "hf": ["transformers>=5"],
         "gpu": ["transformer-engine[pytorch]"],
+        "plots": ["matplotlib>=3.8"],
     },
     entry_points={"console_scripts": ["megatron-tied = megatron_tied.cli.main:main"]},
 )

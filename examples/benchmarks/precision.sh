@@ -26,6 +26,7 @@ PY
 
 overrides=("$@")
 printf '| precision | EP | ZeRO | validation loss | training loss |\n|---|---|---|---|---|\n' > "$out"
+train fp32 1 1
 train fp32 2 1
 for ep in 1 2; do
   for stage in 1 2 3; do

@@ -55,6 +55,18 @@ class TiedMoELayer(MoELayer):
         """True for the first layer of its bank, where the weights are listed, saved and optimised."""
         return self.topology.is_owner(self.layer_index)
 
+    def postprocess(self, output: torch.Tensor, shared_expert_output: torch.Tensor | None) -> torch.Tensor:
+        """As upstream; then the dispatcher forgets the probabilities it has used.
+
+        They hold the graph, and with recompute, whose graphs begin at copies of a layer's input, every layer's input
+        and its gradient until the next forward.
+        """
+        output = super().postprocess(output, shared_expert_output)
+        for name in ("probs", "local_probs"):
+            if hasattr(self.token_dispatcher, name):
+                setattr(self.token_dispatcher, name, None)
+        return output
+
     def initialize_experts(self, seed: int) -> None:
         """Fill the bank's local experts by their global index: the same values at any expert parallel size."""
         initialize_experts(

@@ -1,7 +1,8 @@
 """Named architectures as plain data: what a preset says, a config file may override key by key.
 
 The sizes of `olmoe`, `deepseek` and `qwen3_moe`, and their loss coefficients, are those of the expert-tying
-paper (arXiv:2606.16825); the attention and routing details are those of the Hugging Face model classes.
+paper (arXiv:2606.16825); the attention and routing details are those of the Hugging Face model classes. Published
+models (`megatron_tied.models.published`) have one size each.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.models.published import PUBLISHED
 
 Fields = Mapping[str, Any]
 
@@ -93,6 +95,7 @@ PRESETS: Mapping[str, Preset] = {
     "deepseek": Preset({**_OLMOE, "moe_router_topk": 6}, _OLMOE_SCALES),
     "qwen3_moe": Preset(_QWEN3_MOE, _QWEN3_MOE_SCALES),
     "quickstart": Preset(_QUICKSTART),
+    **{name: Preset(fields) for name, fields in PUBLISHED.items()},
 }
 
 DEFAULT_SCALE = "regular"

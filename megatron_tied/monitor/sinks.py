@@ -29,6 +29,10 @@ _GROUPS = {
     "tokens_per_second": "progress",
     "step_seconds": "progress",
     "memory_gb": "system",
+    "states_gb": "system",
+    "planned_memory_gb": "system",
+    "planned_states_gb": "system",
+    "planned_tokens_per_second": "progress",
 }
 
 

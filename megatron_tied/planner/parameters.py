@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.config import ModelConfig
+from megatron_tied.planner.tensors import bank_tensors, model_tensors
 from megatron_tied.topology import TieTopology
 
 # Megatron-Core options that add or replace parameters in ways the formulas below do not know.
 _NOT_COUNTED = (
-    "multi_latent_attention",
     "mtp_num_layers",
     "moe_latent_size",
     "attention_output_gate",
@@ -72,29 +73,31 @@ def count_parameters(model: ModelConfig, topology: TieTopology, vocab_size: int 
     made for other layers.
     """
     vocab_size = model.vocab_size if vocab_size is None else vocab_size
-    _check(model, topology, vocab_size)
-
-    layers, hidden, base = model.num_layers, model.hidden_size, model.num_moe_experts
-    moe_layers = len(topology.moe_layers)
-    embedding = vocab_size * hidden
-    expert = _mlp(model, model.moe_ffn_hidden_size)
-    # Summed over layers: the routers' rows, and the experts there would be without tying.
-    layer_experts = sum(topology.num_experts(layer, base) for layer in topology.moe_layers)
+    check_countable(model, topology, vocab_size)
+    found: Counter[str] = Counter()
+    banks: Counter[int] = Counter()
+    for tensor in model_tensors(model, topology, vocab_size):
+        found[tensor.kind] += tensor.numel * tensor.copies
+        if tensor.bank is not None:
+            banks[tensor.bank] += tensor.numel * tensor.copies
+    base = model.num_moe_experts
+    per_expert = sum(tensor.numel for tensor in bank_tensors(model, topology.banks[0], 1)) if topology.banks else 0
     return ParameterCount(
-        embedding=embedding,
-        output=0 if model.share_embeddings_and_output_weights else embedding,
-        attention=layers * _attention(model),
-        norms=(2 * layers + 1) * _norm(model, hidden) + layers * _qk_norms(model),
-        router=layer_experts * (hidden + model.add_bias_linear),
-        dense_mlp=(layers - moe_layers) * _mlp(model, model.ffn_hidden_size),
-        shared_experts=moe_layers * _shared_expert(model),
-        bank_experts=tuple(expert * topology.num_experts(bank, base) for bank in topology.banks),
-        untied_routed_experts=expert * layer_experts,
-        active_routed_experts=expert * model.moe_router_topk * moe_layers,
+        embedding=found["embedding"],
+        output=found["output"],
+        attention=found["attention"],
+        norms=found["norms"],
+        router=found["router"],
+        dense_mlp=found["dense_mlp"],
+        shared_experts=found["shared_experts"],
+        bank_experts=tuple(banks[bank.index] for bank in topology.banks),
+        untied_routed_experts=per_expert * sum(topology.num_experts(layer, base) for layer in topology.moe_layers),
+        active_routed_experts=per_expert * model.moe_router_topk * len(topology.moe_layers),
     )
 
 
-def _check(model: ModelConfig, topology: TieTopology, vocab_size: int | None) -> None:
+def check_countable(model: ModelConfig, topology: TieTopology, vocab_size: int | None) -> None:
+    """Raise ConfigError unless the parameters of `model` under `topology` can be counted."""
     extra = model.model_extra or {}
     problems = [
         Problem(f"model.{name}", extra[name], "must be left out: its parameters cannot be counted yet")
@@ -108,33 +111,3 @@ def _check(model: ModelConfig, topology: TieTopology, vocab_size: int | None) ->
         problems.append(Problem("topology", topology.describe(), valid))
     if problems:
         raise ConfigError(problems)
-
-
-def _norm(model: ModelConfig, width: int) -> int:
-    return width if model.normalization == "RMSNorm" else 2 * width
-
-
-def _qk_norms(model: ModelConfig) -> int:
-    if not model.qk_layernorm:
-        return 0
-    heads = model.num_attention_heads + model.num_query_groups if model.qk_norm_scope == "projection" else 2
-    return _norm(model, heads * model.kv_channels)
-
-
-def _attention(model: ModelConfig) -> int:
-    hidden = model.hidden_size
-    query = model.num_attention_heads * model.kv_channels
-    qkv = query + 2 * model.num_query_groups * model.kv_channels
-    biases = qkv * (model.add_bias_linear or model.add_qkv_bias) + hidden * model.add_bias_linear
-    return hidden * qkv + query * hidden + biases
-
-
-def _mlp(model: ModelConfig, ffn: int) -> int:
-    fc1_rows = 2 * ffn if model.gated_linear_unit else ffn
-    biases = (fc1_rows + model.hidden_size) * model.add_bias_linear
-    return (fc1_rows + ffn) * model.hidden_size + biases
-
-
-def _shared_expert(model: ModelConfig) -> int:
-    ffn = model.moe_shared_expert_intermediate_size
-    return 0 if ffn is None else _mlp(model, ffn) + model.hidden_size * model.moe_shared_expert_gate

@@ -27,12 +27,19 @@ from megatron_tied.training.config import RunConfig, Section, transformer_fields
 from megatron_tied.training.validation import problems_of, to_json
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | os.PathLike[str] | None,
+    overrides: Sequence[str] = (),
+    sections: Mapping[str, Mapping[str, Any]] | None = None,
+) -> RunConfig:
     """Reads a config file; each override, such as `tie.banks=[0,1,1,2]`, replaces a value, in order.
 
-    Raises ConfigError with every problem of form; `RunConfig.problems` finds those of content.
+    `sections` take the place of the file's (path None: there is no file). Raises ConfigError with every problem of
+    form; `RunConfig.problems` finds those of content.
     """
-    config = _with_deepspeed_file(_read_yaml(Path(path)))
+    config = OmegaConf.create({}) if path is None else _with_deepspeed_file(_read_yaml(Path(path)))
+    for name, section in (sections or {}).items():
+        config[name] = dict(section)
     for override in overrides:
         config = _with_deepspeed_file(_override(config, override))
     values = OmegaConf.to_container(config, resolve=False)

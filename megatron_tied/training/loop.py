@@ -18,6 +18,7 @@ from megatron_tied.training.checkpoints import Checkpoints
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.evaluation import Batch, LossFunction, evaluate
 from megatron_tied.training.guards import check_consistency, check_step, loss_scale_floor
+from megatron_tied.training.plan_check import PlanCheck
 from megatron_tied.training.progress import Progress
 from megatron_tied.training.signals import StopSignals
 from megatron_tied.training.window import Window
@@ -37,12 +38,13 @@ def train(
     sinks: Sinks,
     checkpoints: Checkpoints,
     signals: StopSignals,
+    plan: PlanCheck,
     done: int = 0,
 ) -> Trained:
     """Run the steps after the first `done`, with logging, evaluation and checkpoints, to the end or to a signal."""
     settings = config.train
     loss_function = LossFunction(settings.seq_length, device())
-    window = Window(config, engine)
+    window = Window(config, engine, plan.metrics)
     latest: dict[str, Any] = {}
 
     def log(step: int, metrics: dict[str, float]) -> None:
@@ -61,8 +63,11 @@ def train(
                 progress.say(skipped)
             check_consistency(engine, step, settings)
             if step % settings.log_every == 0 or step == settings.steps:
+                is_first = "loss" not in latest
                 log(step, window.close(step, learning_rates))
                 progress.report(step, latest)
+                if is_first:
+                    progress.say(plan.line(engine, latest["tokens_per_second"]))
             if _is_evaluation_step(config, datasets, step):
                 began = time.perf_counter()
                 held_out = _loader(config, datasets.validation, settings.eval_steps)

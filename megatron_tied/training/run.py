@@ -19,6 +19,7 @@ from megatron_tied.monitor.sinks import METRICS, JsonLinesSink, Sinks, TensorBoa
 from megatron_tied.training.checkpoints import Checkpoints
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.loop import train
+from megatron_tied.training.plan_check import PlanCheck
 from megatron_tied.training.resume import Start
 from megatron_tied.training.schedule import lr_schedule
 from megatron_tied.training.signals import StopSignals
@@ -63,7 +64,8 @@ def _run(config: RunConfig, start: Start) -> None:
         Checkpoints.of_run(config, state, for_saving) as checkpoints,
         StopSignals(for_signals) as signals,
     ):
-        step, metrics = train(config, engine, datasets, sinks, checkpoints, signals, start.step)
+        plan = PlanCheck(config, torch.distributed.get_world_size())
+        step, metrics = train(config, engine, datasets, sinks, checkpoints, signals, plan, start.step)
     if step < config.train.steps:
         _say(f"stopped after step {step} of {config.train.steps}; to go on, start it again (train.resume: auto)")
         return

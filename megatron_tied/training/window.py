@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import psutil
 import torch
 
 from megatron_tied.engine.engine import TiedMoEEngine
+from megatron_tied.engine.memory import state_bytes
 from megatron_tied.monitor.moe_losses import take_moe_losses
+from megatron_tied.planner.hardware import GB
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.evaluation import average_over_ranks
 
@@ -16,8 +19,9 @@ from megatron_tied.training.evaluation import average_over_ranks
 class Window:
     """Collects the steps since the last log line without waiting for the device; `close` makes their metrics."""
 
-    def __init__(self, config: RunConfig, engine: TiedMoEEngine):
+    def __init__(self, config: RunConfig, engine: TiedMoEEngine, planned: Mapping[str, float]):
         self._engine = engine
+        self._planned = planned
         self._tokens_per_step = config.train.global_batch_size * config.train.seq_length
         self._moe_layers = len(config.topology().moe_layers)
         self._start()
@@ -39,7 +43,8 @@ class Window:
 
         loss: the training objective; lm_loss: cross entropy; aux_loss, z_loss: per MoE layer, without their
         coefficients; grad_norm: before clipping, last step; lr: of the untied weights, and one `lr/...` per group;
-        tokens: seen so far; memory_gb: peak of CUDA memory on this rank, or resident memory on a CPU host.
+        tokens: seen so far; memory_gb: peak of CUDA memory on this rank, or resident memory on a CPU host, in 10^9
+        bytes; states_gb: weights and optimizer states there; planned_...: what the planner said.
         """
         engine, steps = self._engine, len(self._losses)
         lm_loss = average_over_ranks(torch.stack(self._losses).mean())
@@ -56,7 +61,9 @@ class Window:
             "tokens": step * self._tokens_per_step,
             "tokens_per_second": steps * self._tokens_per_step / seconds,
             "step_seconds": seconds / steps,
-            "memory_gb": _memory_bytes() / 2**30,
+            "memory_gb": _memory_bytes() / GB,
+            "states_gb": state_bytes(engine) / GB,
+            **self._planned,
         }
         self._start()
         return metrics

@@ -131,7 +131,7 @@ def test_vocabulary_may_be_given():
         count_parameters(model, topology)
 
 
-@pytest.mark.parametrize("name", ["multi_latent_attention", "mtp_num_layers", "moe_latent_size"])
+@pytest.mark.parametrize("name", ["attention_output_gate", "mtp_num_layers", "moe_latent_size"])
 def test_refuses_what_it_cannot_count(name):
     with pytest.raises(ConfigError, match=rf"model\.{name} = 1"):
         count(**SMALL, **{name: 1})

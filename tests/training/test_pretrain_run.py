@@ -22,7 +22,8 @@ STEPS, EVALUATED = 12, [5, 10, 12]
 LEARNING_RATES = {"lr", "lr/dense", "lr/dense_no_decay", "lr/experts", "lr/experts_lr_div_2"}
 FIGURES = {
     *("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "tokens", "tokens_per_second"),
-    *("step_seconds", "memory_gb"),
+    *("step_seconds", "memory_gb", "states_gb"),
+    *("planned_memory_gb", "planned_states_gb", "planned_tokens_per_second"),
     *LEARNING_RATES,
 }
 
@@ -76,6 +77,7 @@ def test_tokens_and_speed(steps: list[dict[str, float]]):
         assert line["tokens"] == line["step"] * 8 * 32
         assert line["tokens_per_second"] == pytest.approx(8 * 32 / line["step_seconds"])
         assert 0.05 < line["memory_gb"] < 8
+        assert line["states_gb"] == pytest.approx(line["planned_states_gb"], rel=0.01)
 
 
 def test_tensorboard_holds_the_same(reference_run: Run):

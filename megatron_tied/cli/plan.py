@@ -1,0 +1,137 @@
+"""`megatron-tied plan`: memory, traffic and speed of a run before anyone rents a machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.planner.advice import changes
+from megatron_tied.planner.hardware import load_hardware
+from megatron_tied.planner.layout import Layout
+from megatron_tied.planner.plan import Plan, Subject
+from megatron_tied.planner.report import comparison, found_table, resting_on, verdict
+from megatron_tied.planner.search import search
+from megatron_tied.topology import TieConfig
+from megatron_tied.training.config import RunConfig
+from megatron_tied.training.config_file import load_config
+from megatron_tied.training.planning import planned_layout, planned_subject, remarks
+
+_WIDTH = 160  # of a table that goes to a file
+_GROUP_SIZES = (1, 2, 4)
+# What a plan without a config file is about.
+_SEQ_LENGTH, _SEQUENCES = 4096, 1024
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds `plan`."""
+    told = "memory, traffic and speed of a run on machines that need not be here"
+    parser = subparsers.add_parser("plan", help=told, description=told)
+    parser.add_argument("--config", type=Path, help="the YAML file of a run")
+    parser.add_argument("--arch", help="a model preset, in place of the config's model section")
+    parser.add_argument("--scale", help="the preset's size")
+    parser.add_argument("--world-size", type=_count, required=True, metavar="N", help="how many ranks (GPUs)")
+    parser.add_argument(
+        "--hardware", default="h100", metavar="NAME", help="h100 (default), h200, b200, a100, cpu, or FILE:NAME"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=_positive, metavar="GB", help="memory per rank, 10^9 bytes; default: the hardware's"
+    )
+    parser.add_argument("--imbalance", type=_positive, help="tokens of the busiest expert parallel rank over the mean")
+    parser.add_argument(
+        "--weight-gradient", choices=("immediate", "fused"), help="fused keeps inputs for one product a bank"
+    )
+    parser.add_argument("--search", action="store_true", help="try EP, ZeRO, micro-batch, group size and recompute")
+    parser.add_argument("--group-sizes", default=_GROUP_SIZES, type=_counts, metavar="1,2,4", help="to search")
+    parser.add_argument("--top", type=_count, default=10, help="how many layouts of a search are shown")
+    parser.add_argument("--json", action="store_true", help="everything, in bytes and seconds")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace single values")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    hardware = load_hardware(args.hardware)
+    if args.gpu_memory is not None:
+        hardware = hardware.model_copy(update={"memory_gb": args.gpu_memory})
+    config = _config(args)
+    planned_only = remarks(config, args.world_size)
+    assumed = {"imbalance": args.imbalance, "weight_gradient": args.weight_gradient}
+    layout = planned_layout(config, args.world_size, **{key: value for key, value in assumed.items() if value})
+    subject = planned_subject(config, hardware)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDTH)
+    if args.search:
+        found = search(subject, config.tie, layout, args.group_sizes)
+        if args.json:
+            plans = [plan.to_json() for plan in found.fitting[: args.top]]
+            print(json.dumps({"considered": found.considered, "fitting": len(found.fitting), "plans": plans}, indent=2))
+            return 0
+        console.print(found_table(found, args.top))
+        if found.fitting:
+            console.print(resting_on(found.fitting[0]))
+    else:
+        named = _compared(subject, config.tie, layout)
+        if args.json:
+            print(json.dumps({name: plan.to_json() for name, plan in named}, indent=2))
+            return 0
+        plan = subject.plan(config.tie, layout)
+        console.print(
+            comparison(named), verdict(plan, changes(subject, config.tie, plan)), resting_on(plan), sep="\n\n"
+        )
+    for problem in planned_only:
+        console.print(f"planned only, this version cannot train it: {problem}")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> RunConfig:
+    sections = {}
+    if args.arch is not None:
+        sections["model"] = {"preset": args.arch, **({"scale": args.scale} if args.scale else {})}
+    elif args.scale is not None:
+        raise ConfigError(Problem("--scale", args.scale, "must come with --arch"))
+    if args.config is None:
+        if args.arch is None:
+            raise ConfigError(Problem("--config", None, "must be given, or else --arch"))
+        # As many sequences as come near to the usual, and divide over any number of ranks.
+        batch = args.world_size * max(1, round(_SEQUENCES / args.world_size))
+        train = {"run_dir": "planned", "seq_length": _SEQ_LENGTH, "global_batch_size": batch}
+        sections |= {"data": {"train": "planned"}, "train": train}
+    return load_config(args.config, args.overrides, sections)
+
+
+def _compared(subject: Subject, tie: TieConfig, layout: Layout) -> list[tuple[str, Plan]]:
+    """Untied beside the configured tie groups; without any, beside those that one would try first."""
+    untied = replace(tie, group_size=1, banks=None, num_tied_experts=None)
+    named = [("untied", subject.plan(untied, layout))]
+    if any(bank.is_tied for bank in subject.topology(tie).banks):
+        name = f"tied, g={tie.group_size}" if tie.banks is None else "tied by tie.banks"
+        return [*named, (name, subject.plan(tie, layout))]
+    for group_size in _GROUP_SIZES[1:]:
+        try:
+            named.append((f"tied, g={group_size}", subject.plan(replace(untied, group_size=group_size), layout)))
+        except ConfigError:
+            continue  # too few layers for such groups
+    return named
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(map(_count, text.split(",")))
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError("must be more than 0")
+    return value

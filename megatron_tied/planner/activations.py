@@ -1,0 +1,200 @@
+"""What one micro-batch leaves in memory for its backward pass, and what backward needs on top, layer by layer.
+
+Derived from what autograd saves in Megatron-Core 0.16's local layers with our grouped experts, and for fused kernels
+from what Transformer Engine's saves in their place. Bytes on one rank, one micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_tied.models.config import ModelConfig
+from megatron_tied.planner.layout import Layout, Recompute
+from megatron_tied.planner.tensors import is_latent, latent_sizes
+from megatron_tied.topology import TieTopology
+
+_FP32 = 4
+_INT64 = 8
+
+
+class Kernels(NamedTuple):
+    """Which kernels a host has: flash attention keeps no scores, a fused norm no intermediates."""
+
+    fused_attention: bool
+    fused_norm: bool
+
+
+UNFUSED = Kernels(fused_attention=False, fused_norm=False)
+FUSED = Kernels(fused_attention=True, fused_norm=True)
+
+# What each of Megatron-Core's recompute_modules leaves out, by the names of `saved_by_layer`.
+_LEFT_OUT: Mapping[str, tuple[str, ...]] = {
+    "core_attn": ("attention scores",),
+    "layernorm": ("norms", "norm outputs"),
+    "mlp": ("dense MLP",),
+    "moe": ("router", "dispatched tokens", "expert hidden", "expert activations", "shared experts"),
+    "moe_act": ("expert activations",),
+    "shared_experts": ("shared experts",),
+}
+
+
+class Widths(NamedTuple):
+    """Numbers per token in attention: all query heads, key and value before they are spread over query heads."""
+
+    query: int
+    key: int
+    value: int
+    output: int
+
+
+def attention_widths(model: ModelConfig) -> Widths:
+    """The widths of attention, of all tensor parallel ranks together."""
+    heads = model.num_attention_heads
+    if is_latent(model):
+        sizes = latent_sizes(model)
+        query = heads * (sizes.qk_head_dim + sizes.qk_pos_emb_head_dim)
+        return Widths(query, query, heads * sizes.v_head_dim, heads * sizes.v_head_dim)
+    key = model.num_query_groups * model.kv_channels
+    query = heads * model.kv_channels
+    return Widths(query, key, key, query)
+
+
+def routed_tokens(model: ModelConfig, layout: Layout) -> int:
+    """Tokens, counted once for each of their experts, that come to the local experts of the busiest rank.
+
+    Alone, a rank's experts get exactly what its own router sends; among several the busiest gets more.
+    """
+    busiest = layout.imbalance if layout.expert_parallel > 1 else 1.0
+    return int(layout.tokens * model.moe_router_topk * busiest)
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """One layer: what it saves by kind, its input, and the gradients and buffers at work in its backward pass."""
+
+    saved: Mapping[str, int]
+    input: int
+    backward: int
+    # Inputs and output gradients of the experts' products, which a fused weight gradient holds to the owner.
+    weight_gradient_inputs: int
+
+    def kept(self, modules: frozenset[str]) -> int:
+        """Bytes from forward to backward when `modules` are computed again."""
+        left_out = {name for module in modules for name in _LEFT_OUT.get(module, ())}
+        kept = sum(size for name, size in self.saved.items() if name not in left_out)
+        # A recomputed norm starts from its inputs, the attention's and the MLP's.
+        return kept + 2 * self.input if "layernorm" in modules else kept
+
+    @property
+    def all(self) -> int:
+        """Bytes that are there in backward, when everything is."""
+        return sum(self.saved.values())
+
+
+def layer_activations(
+    model: ModelConfig, topology: TieTopology, layout: Layout, layer: int, kernels: Kernels
+) -> LayerActivations:
+    """The activations of `layer` on one rank."""
+    width, tokens = layout.width, layout.tokens
+    hidden = tokens * model.hidden_size
+    saved = {
+        "norms": 2 * _norm(model, layout, model.hidden_size, kernels),
+        "norm outputs": 2 * hidden * width,
+        **_attention(model, layout, kernels),
+    }
+    scores = saved["attention scores"]
+    attention_backward = 2 * scores + 4 * hidden * width
+    if topology.bank_of_layer[layer] is None:
+        ffn = tokens * layout.tensor_parallel * model.ffn_hidden_size // layout.tensor_parallel
+        saved["dense MLP"] = _mlp_saved(model) * ffn * width
+        backward = max(attention_backward, 3 * ffn * width + 2 * hidden * width)
+        return LayerActivations(saved, hidden * width, backward, 0)
+    routed, ffn = routed_tokens(model, layout), model.moe_ffn_hidden_size
+    fc1_rows = 2 * ffn if model.gated_linear_unit else ffn
+    experts = topology.num_experts(layer, model.num_moe_experts)
+    saved |= {
+        "router": _router(model, layout, experts),
+        "dispatched tokens": routed * (model.hidden_size * width + _INT64),
+        "expert hidden": routed * fc1_rows * width,
+        # Of a gated activation: the activated gate, its product with the other half, that times the probability.
+        "expert activations": routed * ffn * (3 if model.gated_linear_unit else 2) * width,
+    }
+    if shared := model.moe_shared_expert_intermediate_size:
+        saved["shared experts"] = _mlp_saved(model) * tokens * shared * width
+    # Gradients of the experts' outputs and of both halves of their hidden states, each there twice for a moment.
+    expert_backward = routed * (model.hidden_size + 2 * fc1_rows) * width + 2 * hidden * width
+    held = routed * (2 * model.hidden_size + ffn + fc1_rows) * width
+    return LayerActivations(saved, hidden * width, max(attention_backward, expert_backward), held)
+
+
+def _norm(model: ModelConfig, layout: Layout, features: int, kernels: Kernels) -> int:
+    """What a norm over `features` per token saves beside its output."""
+    numbers = layout.tokens * features
+    if kernels.fused_norm or model.normalization == "LayerNorm":
+        return numbers * layout.width + layout.tokens * _FP32
+    # Unfused RMSNorm computes in fp32 and saves its input and the normalised input in it.
+    return 2 * numbers * _FP32 + layout.tokens * _FP32
+
+
+def _attention(model: ModelConfig, layout: Layout, kernels: Kernels) -> dict[str, int]:
+    width, sizes = layout.width, attention_widths(model)
+    whole = layout.tokens  # sequence parallel outside of attention, cut by heads inside: the same product
+    heads = model.num_attention_heads
+    spread_key, spread_value = sizes.query, (sizes.output if heads != model.num_query_groups else sizes.value)
+    if kernels.fused_attention:
+        spread_key, spread_value = sizes.key, sizes.value
+    qkv = sizes.query + spread_key + spread_value
+    saved = whole * (qkv + sizes.output) * width
+    if is_latent(model):
+        latent = latent_sizes(model)
+        down = (latent.q_lora_rank or 0) + latent.kv_lora_rank + latent.qk_pos_emb_head_dim
+        saved += whole * 2 * down * width
+    elif model.qk_layernorm:
+        saved += _norm(model, layout, sizes.query, kernels) + _norm(model, layout, sizes.key, kernels)
+        if layout.precision == "fp32" and not kernels.fused_norm:
+            # The key's norm saves it where it lies: among query, key and value in one tensor.
+            saved += whole * (sizes.query + sizes.value) * width
+    if model.qkv_clip is not None:
+        saved += whole * (sizes.query + sizes.key + sizes.value) * width
+    if kernels.fused_attention:
+        return {"attention": saved, "attention scores": whole * heads * _FP32}
+    # Softmax in fp32, and a copy of it in the width of the values.
+    per_score = _FP32 if layout.precision == "fp32" else _FP32 + width
+    return {"attention": saved, "attention scores": whole * layout.seq_length * heads * per_score}
+
+
+def _router(model: ModelConfig, layout: Layout, experts: int) -> int:
+    """Softmax for the auxiliary loss, probabilities and map by expert, chosen experts and where tokens went."""
+    chosen = model.moe_router_topk * (2 * _INT64 + _FP32)
+    return layout.tokens * (experts * (_FP32 + layout.width + 1) + chosen)
+
+
+def _mlp_saved(model: ModelConfig) -> int:
+    """Numbers per hidden unit that a dense MLP saves: gate, up, activated gate and product, or two of a plain one."""
+    return 4 if model.gated_linear_unit else 2
+
+
+class LossActivations(NamedTuple):
+    """The output layer and cross entropy: what they save for backward, and what they need for a moment besides."""
+
+    saved: int
+    extra: int
+
+
+def loss_activations(model: ModelConfig, layout: Layout, vocab_size: int, kernels: Kernels) -> LossActivations:
+    """Activations from the last layer's output to the loss, on one rank."""
+    logits = layout.tokens * vocab_size
+    saved = _norm(model, layout, model.hidden_size, kernels) + layout.tokens * model.hidden_size * layout.width
+    # Cross entropy saves the exponentials in fp32, which in fp32 take the place of the logits.
+    extra = logits * layout.width if layout.precision != "fp32" else 0
+    return LossActivations(saved + logits * _FP32, extra)
+
+
+def recomputed(layers: Mapping[int, LayerActivations], layer: int, recompute: Recompute, num_layers: int) -> int:
+    """Bytes that come back into memory when backward reaches `layer`, beside what was kept."""
+    segment = recompute.segment(layer, num_layers)
+    if segment:
+        return sum(layers[index].all for index in segment if index in layers and index <= layer)
+    return layers[layer].all - layers[layer].kept(recompute.modules) if recompute.modules else 0

@@ -1,0 +1,61 @@
+"""Floating point operations of training, per token, and the expert weights that a rank must read."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from megatron_tied.models.config import ModelConfig
+from megatron_tied.planner.activations import attention_widths
+from megatron_tied.planner.layout import Recompute
+from megatron_tied.planner.tensors import bank_tensors, model_tensors
+from megatron_tied.topology import TieTopology
+
+
+class Flops(NamedTuple):
+    """Forward operations per token (a multiply-add is two): in experts, in other matrices, between tokens.
+
+    Attention between tokens is causal: half of all pairs. Tying changes none of them.
+    """
+
+    experts: int
+    dense: int
+    attention: int
+
+    @property
+    def forward(self) -> int:
+        """All operations of the forward pass."""
+        return self.experts + self.dense + self.attention
+
+    @property
+    def training(self) -> int:
+        """Forward and backward, without recompute: what model FLOPs utilisation counts."""
+        return 3 * self.forward
+
+
+def flops_per_token(model: ModelConfig, topology: TieTopology, seq_length: int, vocab_size: int) -> Flops:
+    """The operations of `model` on sequences of `seq_length` tokens. Source: 2 x weights, 2 x pairs x widths."""
+    dense = sum(
+        tensor.numel
+        for tensor in model_tensors(model, topology, vocab_size)
+        if tensor.decays and tensor.bank is None and tensor.kind != "embedding"
+    )
+    if model.share_embeddings_and_output_weights:
+        dense += vocab_size * model.hidden_size
+    expert = sum(tensor.numel for tensor in bank_tensors(model, topology.banks[0], 1)) if topology.banks else 0
+    widths = attention_widths(model)
+    return Flops(
+        experts=2 * expert * model.moe_router_topk * len(topology.moe_layers),
+        dense=2 * dense,
+        attention=model.num_layers * seq_length * (widths.query + widths.output),
+    )
+
+
+def recomputed_share(flops: Flops, recompute: Recompute, num_layers: int) -> float:
+    """Operations that recompute adds, in forward passes."""
+    if recompute.method == "uniform":
+        return 1.0
+    if recompute.method == "block":
+        return min(1.0, recompute.num_layers / num_layers)
+    share = flops.experts if "moe" in recompute.modules else 0
+    share += flops.attention if "core_attn" in recompute.modules else 0
+    return share / flops.forward

@@ -1,0 +1,229 @@
+"""Memory of one rank through a step: model states, activations, buffers; its highest point and what makes it up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_tied.models.config import ModelConfig
+from megatron_tied.planner.activations import (
+    FUSED,
+    Kernels,
+    LayerActivations,
+    layer_activations,
+    loss_activations,
+    recomputed,
+)
+from megatron_tied.planner.layout import Layout
+from megatron_tied.planner.sharding import local_size
+from megatron_tied.planner.states import ModelStates, model_states
+from megatron_tied.planner.tensors import bank_tensors
+from megatron_tied.topology import TieTopology
+
+_FP32 = 4
+# Elements that ZeRO 3 updates at once: DeepSpeed's default of sub_group_size.
+_SUB_GROUP = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """What a device needs beside the tensors: bytes for the driver and communication, and a share of all tensors
+    that the allocator cannot use for fragmentation."""
+
+    fixed: int = 0
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the fullest rank at the highest point of a step.
+
+    activations: saved for backward, and the gradients of activations that are at work. buffers: communication
+    buckets and gathered parameters. step_extra: what the optimizer adds if the update is the highest point, when no
+    activations are there. host: bytes of host memory per rank.
+    """
+
+    states: ModelStates
+    activations: int
+    buffers: int
+    step_extra: int
+    reserve: int
+    stage: int
+
+    @property
+    def tensors(self) -> int:
+        """All of it but the reserve: what an allocator reports as its peak."""
+        return self.states.device + self.activations + self.buffers + self.step_extra
+
+    @property
+    def total(self) -> int:
+        """Bytes that a device must have."""
+        return self.tensors + self.reserve
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """The total, taken apart."""
+        return {
+            "weights": self.states.weights,
+            "gradients": self.states.gradients,
+            "optimizer": self.states.optimizer,
+            "activations": self.activations,
+            "buffers": self.buffers,
+            "update": self.step_extra,
+            "reserve": self.reserve,
+        }
+
+
+def memory_plan(
+    model: ModelConfig,
+    topology: TieTopology,
+    layout: Layout,
+    *,
+    vocab_size: int,
+    kernels: Kernels = FUSED,
+    reserve: Reserve | None = None,
+    states: Sequence[ModelStates] | None = None,
+) -> MemoryPlan:
+    """The memory of the fullest rank. `states` per pipeline stage may be given where they are known already.
+
+    Sources: DeepSpeed's `stage_1_and_2.py` and `stage3.py` for what they allocate, `activations` for the rest.
+    """
+    plans = []
+    for stage, layers in enumerate(layout.stages(model.num_layers)):
+        of_stage = states[stage] if states else model_states(model, topology, layout, layers, vocab_size)
+        plans.append(_Stage(model, topology, layout, layers, vocab_size, kernels, of_stage).plan(stage, reserve))
+    return max(plans, key=lambda plan: plan.total)
+
+
+class _Stage:
+    """One pipeline stage's rank, walked through a step."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        topology: TieTopology,
+        layout: Layout,
+        layers: range,
+        vocab_size: int,
+        kernels: Kernels,
+        states: ModelStates,
+    ):
+        self.model, self.topology, self.layout, self.layers = model, topology, layout, layers
+        self.states = states
+        kinds: dict[int | None, LayerActivations] = {}
+        for layer in layers:
+            bank = topology.bank_of_layer[layer]
+            experts = None if bank is None else topology.num_experts(layer, model.num_moe_experts)
+            if experts not in kinds:
+                kinds[experts] = layer_activations(model, topology, layout, layer, kernels)
+        self.activations = {
+            layer: kinds[
+                None if topology.bank_of_layer[layer] is None else topology.num_experts(layer, model.num_moe_experts)
+            ]
+            for layer in layers
+        }
+        self.loss = loss_activations(model, layout, vocab_size // layout.tensor_parallel, kernels)
+        self.is_last = layers.stop == model.num_layers
+        self.gradients = states.layer_gradients
+
+    def plan(self, stage: int, reserve: Reserve | None) -> MemoryPlan:
+        """The highest of two points: somewhere in backward, or the optimizer's update."""
+        layout, states = self.layout, self.states
+        buffers = self._buffers()
+        peak = states.weights + states.optimizer + buffers + self._highest_in_backward(stage)
+        at_update = states.weights + states.optimizer + self._highest_in_update()
+        if at_update > peak and not layout.offload_optimizer:
+            activations, step_extra, buffers = 0, at_update - states.device, 0
+        else:
+            activations, step_extra = peak - states.device - buffers, 0
+        reserve = reserve or Reserve()
+        tensors = states.device + activations + buffers + step_extra
+        return MemoryPlan(states, activations, buffers, step_extra, int(reserve.fixed + reserve.share * tensors), stage)
+
+    def _highest_in_backward(self, stage: int) -> int:
+        """Gradients and activations where their sum is highest, from the loss back to the first layer."""
+        layout, recompute = self.layout, self.layout.recompute
+        total = self.model.num_layers
+        kept = {layer: self._kept(layer) for layer in self.layers}
+        # Under 1F1B scheduling a stage has as many micro-batches under way as stages follow it, itself included.
+        under_way = min(layout.pipeline_parallel - stage, layout.accumulation)
+        below = sum(kept.values()) * (under_way - 1)
+        saved = sum(kept.values())
+        accumulates = layout.zero_stage < 2 and layout.accumulation > 1
+        grows = layout.zero_stage < 2 and not accumulates
+        gradients = 0 if grows else self.states.gradients
+        highest = below + saved + gradients
+        if self.is_last:
+            highest += self.loss.saved + self.loss.extra
+            saved += self.loss.saved
+        waiting: dict[int, int] = {}
+        for layer in reversed(self.layers):
+            one = self.activations[layer]
+            gradients += self.gradients.get(layer, 0) if grows else 0
+            # The loss's own go when the last layer's backward begins.
+            saved -= self.loss.saved if self.is_last and layer == self.layers[-1] else 0
+            bank = self.topology.bank_of_layer[layer]
+            if layout.weight_gradient == "fused" and bank is not None and self.topology.banks[bank].is_tied:
+                waiting[bank] = waiting.get(bank, 0) + one.weight_gradient_inputs
+            again = recomputed(self.activations, layer, recompute, total)
+            now = below + saved + gradients + again + one.backward + sum(waiting.values()) + self._fresh(layer)
+            highest = max(highest, now)
+            saved -= kept[layer]
+            if bank is not None and layer == self.topology.banks[bank].owner:
+                waiting.pop(bank, None)
+        return highest
+
+    def _kept(self, layer: int) -> int:
+        recompute = self.layout.recompute
+        segment = recompute.segment(layer, self.model.num_layers)
+        one = self.activations[layer]
+        if segment:
+            return one.input if layer == segment[0] else 0
+        return one.kept(recompute.modules)
+
+    def _fresh(self, layer: int) -> int:
+        """Bytes of weight gradients and copies at work in a layer's backward beside the gradients that stay."""
+        layout, states = self.layout, self.states
+        bank = self.topology.bank_of_layer[layer]
+        if bank is None:
+            return 0
+        tied = self.topology.banks[bank].is_tied
+        grows = layout.zero_stage < 2 and layout.accumulation == 1
+        # The largest of a bank's products; the others are made after it has been added or reduced.
+        experts = self.topology.num_experts(layer, self.model.num_moe_experts)
+        weights = bank_tensors(self.model, self.topology.banks[bank], experts)
+        product = 0 if grows and not tied else max(local_size(tensor, layout) for tensor in weights)
+        # The sum over the uses so far.
+        collected = states.banks[bank] if tied and not grows else 0
+        if layout.zero_stage < 2 or layout.expert_data_parallel == 1:
+            return (product + collected) * layout.width
+        # What is reduced is made flat first: of a tied bank that is its sum, when the last product has gone into it.
+        made = product if tied else 2 * product
+        # At stage 3 what is gathered has come in one flat piece.
+        fetched = states.banks[bank] if layout.zero_stage == 3 else 0
+        return (max(made, fetched) + collected) * layout.width
+
+    def _buffers(self) -> int:
+        layout = self.layout
+        if layout.zero_stage == 0:
+            return 0
+        bucket = layout.reduce_bucket_size * layout.width
+        if layout.zero_stage < 3:
+            return bucket * (2 if layout.overlaps else 1)
+        return bucket + self.states.gathered.live * layout.width
+
+    def _highest_in_update(self) -> int:
+        """Gradients and temporaries where their sum is highest, group after group.
+
+        A group's gradient is made flat and fp32, then Adam takes two temporaries. All groups' gradients lie in one
+        buffer at stages 1 and 2, which goes with the last group.
+        """
+        layout, parts = self.layout, self.states.partitions
+        if layout.zero_stage == 0:
+            return self.states.gradients + 2 * _FP32 * max(parts)
+        held = sum(parts) * layout.width
+        convert = _FP32 + (layout.width if layout.width != _FP32 else 0)
+        if layout.zero_stage == 3:
+            return held + min(max(parts), _SUB_GROUP) * 3 * _FP32
+        before_last = max((part * 3 * _FP32 for part in parts[:-1]), default=0)
+        return max(held + before_last, held + parts[-1] * convert, parts[-1] * 3 * _FP32)

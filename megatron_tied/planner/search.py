@@ -1,0 +1,75 @@
+"""Layouts that fit, fastest first: expert parallel size, ZeRO stage, micro-batch, group size and recompute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from megatron_tied.errors import ConfigError
+from megatron_tied.planner.layout import Layout, Recompute
+from megatron_tied.planner.plan import Plan, Subject
+from megatron_tied.topology import TieConfig
+
+RECOMPUTE = (Recompute(), Recompute(frozenset({"moe_act"})), Recompute(frozenset({"moe"})), Recompute(method="uniform"))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to: how many layouts it looked at, and those that fit, fastest first."""
+
+    considered: int
+    fitting: Sequence[Plan]
+
+
+def search(subject: Subject, tie: TieConfig, layout: Layout, group_sizes: Sequence[int], limit: int = 5000) -> Found:
+    """Plan all layouts near `layout`, at most `limit`: the same ranks, batch, precision, tensor and pipeline sizes."""
+    considered = 0
+    fitting = []
+    for tied, candidate in candidates(subject, tie, layout, group_sizes):
+        if considered == limit:
+            break
+        considered += 1
+        plan = subject.plan(tied, candidate)
+        if plan.fits:
+            fitting.append(plan)
+    return Found(considered, sorted(fitting, key=_preference))
+
+
+def candidates(
+    subject: Subject, tie: TieConfig, layout: Layout, group_sizes: Sequence[int]
+) -> Iterator[tuple[TieConfig, Layout]]:
+    """The valid combinations of what a search varies."""
+    sequences = layout.global_batch_size // layout.data_parallel
+    experts = subject.model.num_moe_experts
+    stages = (0, 1, 2, 3) if layout.precision == "fp32" else (1, 2, 3)
+    for group_size in group_sizes:
+        try:
+            tied = replace(tie, group_size=group_size, banks=None)
+            topology = subject.topology(tied)
+        except ConfigError:
+            continue  # too few layers for such groups
+        for expert_parallel, stage, micro_batch, recompute in product(
+            _divisors(experts), stages, _divisors(sequences), RECOMPUTE
+        ):
+            candidate = replace(
+                layout,
+                expert_parallel=expert_parallel,
+                zero_stage=stage,
+                micro_batch_size=micro_batch,
+                recompute=recompute,
+                # What hides communication costs one more bucket.
+                overlap_comm=True if layout.overlap_comm is None else layout.overlap_comm,
+            )
+            if not any(candidate.problems(subject.model, topology)):
+                yield tied, candidate
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _preference(plan: Plan) -> tuple[float, int, int, int]:
+    """Faster first; among equals what recomputes less, then what sends less, then what needs less memory."""
+    sent = sum(flow.wire for flow in plan.traffic)
+    return plan.time.total, RECOMPUTE.index(plan.layout.recompute), sent, plan.memory.total

@@ -1,0 +1,92 @@
+"""`megatron-tied plan` as people type it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_tied.cli.main import main
+
+QUICKSTART = str(Path(__file__).parents[2] / "examples" / "quickstart.yaml")
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_config_is_compared_with_untied(capsys: pytest.CaptureFixture[str]) -> None:
+    text = told(capsys, "--config", QUICKSTART, "--world-size", "2", "--hardware", "cpu")
+    for part in ("untied", "tied, g=4", "12,096,768", "16,815,360", "fits in 16.00", "dominating:", "assumptions:"):
+        assert part in text
+
+
+def test_an_architecture_needs_no_config(capsys: pytest.CaptureFixture[str]) -> None:
+    text = told(capsys, "--arch", "olmoe", "--scale", "tiny", "--world-size", "24", "--gpu-memory", "3.5")
+    assert "522,671,616" in text
+    assert "fits in 3.50" in text
+    assert "over" in text
+
+
+def test_overrides_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--arch",
+        "olmoe",
+        "--world-size",
+        "8",
+        "--json",
+        "tie.group_size=2",
+        "deepspeed.zero_optimization.stage=3",
+    ]
+    plans = json.loads(told(capsys, *arguments))
+    assert list(plans) == ["untied", "tied, g=2"]
+    assert plans["tied, g=2"]["layout"]["zero_stage"] == 3
+    assert plans["tied, g=2"]["parameters"]["total"] == 4_707_932_160
+
+
+def test_a_search(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--arch", "olmoe", "--world-size", "8", "--search", "--group-sizes", "1,4", "--top", "3"]
+    text = told(capsys, *arguments)
+    assert "layouts fit" in text
+    found = json.loads(told(capsys, *arguments, "--json"))
+    assert len(found["plans"]) == 3
+    assert found["fitting"] <= found["considered"]
+
+
+def test_what_can_only_be_planned_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    text = told(capsys, "--arch", "deepseek_v3", "--world-size", "1024", "parallel.pipeline_model_parallel_size=4")
+    only = [line for line in text.splitlines() if line.startswith("planned only")]
+    assert [line.split(": ")[1].split(" ")[0] for line in only] == [
+        "model.multi_latent_attention",
+        "parallel.pipeline_model_parallel_size",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world-size", "8"], "--config = None: must be given, or else --arch"),
+        (["--arch", "olmo", "--world-size", "8"], 'did you mean "olmoe"?'),
+        (["--scale", "tiny", "--config", QUICKSTART, "--world-size", "2"], "--scale = 'tiny': must come with --arch"),
+        (["--config", QUICKSTART, "--world-size", "3"], "parallel.expert_model_parallel_size = 2"),
+        (["--arch", "olmoe", "--world-size", "8", "--hardware", "h10"], "did you mean h100?"),
+        (["--arch", "olmoe", "--world-size", "8", "tie.group_sizes=4"], "did you mean 'tie.group_size'?"),
+    ],
+)
+def test_bad_input(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(["plan", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_plan_loads_no_torch() -> None:
+    code = (
+        "import sys\nfrom megatron_tied.cli.main import main\n"
+        "main(['plan', '--arch', 'olmoe', '--world-size', '8', '--search', '--top', '1'])\n"
+        "print('heavy:', sorted(sys.modules.keys() & {'torch', 'deepspeed', 'megatron.core', 'transformers'}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "heavy: []" in done.stdout

@@ -1,0 +1,212 @@
+"""Plans by hand: model states, the paper's table, flows between nodes, searches, advice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from megatron_tied.errors import ConfigError
+from megatron_tied.models.config import ModelConfig
+from megatron_tied.planner.advice import changes
+from megatron_tied.planner.compute import flops_per_token, recomputed_share
+from megatron_tied.planner.hardware import GB, load_hardware
+from megatron_tied.planner.layout import Layout, Recompute
+from megatron_tied.planner.plan import Plan, Subject
+from megatron_tied.planner.search import candidates, search
+from megatron_tied.planner.traffic import Flow
+from megatron_tied.topology import TieConfig
+
+TIED = TieConfig(group_size=4)
+
+
+def subject(preset: str = "olmoe", hardware: str = "h100", **fields: object) -> Subject:
+    return Subject(ModelConfig.resolve({"preset": preset, **fields}), load_hardware(hardware))
+
+
+def olmoe(tie: TieConfig = TIED, **layout: object) -> Plan:
+    fields = {"world_size": 8, "seq_length": 2048, "global_batch_size": 256, **layout}
+    return subject().plan(tie, Layout(**fields))
+
+
+@pytest.mark.parametrize(
+    ("preset", "tie", "gigabytes"),
+    [
+        ("olmoe", TieConfig(), 113.98),
+        ("olmoe", TIED, 56.00),
+        ("olmoe", TieConfig(group_size=2), 16 * 4.707932160),
+        ("olmoe", TieConfig(group_size=4, num_tied_experts=128), 16 * 4.709505024),
+        ("olmoe", TieConfig(group_size=4, num_tied_experts=256), 16 * 7.128569856),
+        ("qwen3_moe", TieConfig(), 16 * 6.410289152),
+        ("qwen3_moe", TIED, 16 * 2.588229632),
+    ],
+)
+def test_model_states_of_the_paper(preset: str, tie: TieConfig, gigabytes: float) -> None:
+    """16 bytes a parameter on one rank: bf16 weights and gradients, fp32 master, two moments."""
+    plan = subject(preset).plan(tie, Layout(world_size=1, seq_length=2048))
+    assert plan.memory.states.device / GB == pytest.approx(gigabytes, rel=1e-4)
+
+
+def test_zero_and_expert_parallelism_divide_states() -> None:
+    count = olmoe().parameters
+    experts, dense = count.routed_experts, count.total - count.routed_experts
+    for stage, expert_parallel in ((1, 1), (1, 8), (2, 2), (3, 4)):
+        states = olmoe(zero_stage=stage, expert_parallel=expert_parallel).memory.states
+        local = dense + experts / expert_parallel
+        part = count.total / 8
+        assert states.weights == pytest.approx(2 * (part if stage == 3 else local), rel=1e-3)
+        assert states.optimizer == pytest.approx(12 * part, rel=1e-3)
+        if stage != 2:  # there a rank keeps whole tensors: see the next test
+            assert states.gradients == pytest.approx(2 * (part if stage == 3 else local), rel=1e-3)
+
+
+def test_stage_2_keeps_whole_gradients_of_tensors_on_its_boundaries() -> None:
+    """One bank, so one tensor of two thirds and one of a third, cut over four ranks: some rank has a part of both."""
+    model = ModelConfig.resolve(
+        {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 1, "num_moe_experts": 8, "moe_ffn_hidden_size": 64}
+        | {"vocab_size": 8}
+    )
+    layout = Layout(world_size=4, seq_length=8, global_batch_size=4, zero_stage=2)
+    plan = Subject(model, load_hardware("cpu")).plan(TieConfig(), layout)
+    bank = 8 * 3 * 64 * 64
+    assert bank <= plan.memory.states.gradients / 2 < bank * 1.3
+
+
+def test_muon_keeps_one_moment_for_matrices() -> None:
+    adam, muon = (olmoe(world_size=1, optimizer=name).memory.states for name in ("adamw", "muon"))
+    kinds = adam.parameters
+    vectors_and_ends = sum(kinds[kind] for kind in ("embedding", "output", "norms", "router"))
+    assert adam.optimizer - muon.optimizer == 4 * (sum(kinds.values()) - vectors_and_ends)
+
+
+def test_offload_moves_states_to_the_host() -> None:
+    here, offloaded = olmoe(zero_stage=2), olmoe(zero_stage=2, offload_optimizer=True)
+    assert offloaded.memory.states.optimizer == offloaded.memory.states.gradients == 0
+    # 12 bytes of states and 4 of gradient in place of 12 on the device.
+    assert offloaded.memory.states.host == pytest.approx(here.memory.states.optimizer * 16 / 12)
+    assert offloaded.time.total > here.time.total
+
+
+def test_a_fused_weight_gradient_keeps_the_inputs_of_a_group() -> None:
+    """They wait for the owner's backward, when the activations of later layers, and those of the loss, are gone."""
+    immediate, fused = (olmoe(weight_gradient=how, micro_batch_size=4) for how in ("immediate", "fused"))
+    assert fused.memory.activations >= immediate.memory.activations
+    recomputed = {"recompute": Recompute(method="uniform"), "micro_batch_size": 4}
+    immediate, fused = (olmoe(weight_gradient=how, **recomputed) for how in ("immediate", "fused"))
+    tokens = 4 * 2048 * 8
+    held = tokens * (2 * 2048 + 3 * 1024) * 2  # inputs and output gradients of both products
+    assert held < fused.memory.activations - immediate.memory.activations < 4 * held
+
+
+@pytest.mark.parametrize("recompute", [Recompute(frozenset({"moe_act"})), Recompute(frozenset({"moe"}))])
+def test_recompute_trades_memory_for_operations(recompute: Recompute) -> None:
+    plain, again = olmoe(micro_batch_size=4), olmoe(micro_batch_size=4, recompute=recompute)
+    assert again.memory.activations < plain.memory.activations
+    assert again.time.total >= plain.time.total
+
+
+def test_operations_are_six_per_active_weight_and_token() -> None:
+    model = ModelConfig.resolve({"preset": "olmoe"})
+    flops = flops_per_token(model, model.topology(TIED), 2048, model.vocab_size)
+    count = subject().parameters(TIED)
+    matrices = count.active - count.embedding - count.norms
+    assert flops.experts + flops.dense == 2 * matrices
+    assert flops.attention == 16 * 2 * 2048 * 2048  # layers x (scores and values) x half of the pairs x 2 x width
+    assert flops.training == 3 * flops.forward
+    assert recomputed_share(flops, Recompute(method="uniform"), 16) == 1
+    assert recomputed_share(flops, Recompute(frozenset({"moe"})), 16) == flops.experts / flops.forward
+
+
+def test_tying_divides_the_traffic_of_banks_and_leaves_all_to_all() -> None:
+    layout = {"world_size": 64, "expert_parallel": 8, "global_batch_size": 512}
+    untied, tied = olmoe(TieConfig(), **layout), olmoe(TIED, **layout)
+    assert untied.wire("bank gradients") == pytest.approx(16 / 7 * tied.wire("bank gradients"), rel=1e-6)
+    for purpose in ("dense gradients", "dispatch", "combine"):
+        assert untied.wire(purpose) == tied.wire(purpose)
+
+
+def test_what_leaves_a_node_by_the_order_of_ranks() -> None:
+    inside = Flow("dispatch", "all-to-all", "expert", 8, 1, 800)
+    assert (inside.wire, inside.between_nodes(8)) == (700, 0)
+    assert inside._replace(ranks=16).between_nodes(8) == 400
+    # Two of a group's eight ranks are in each node of 8 when its neighbours are 4 apart.
+    ring = Flow("bank gradients", "all-reduce", "expert data", 8, 4, 800)
+    assert (ring.wire, ring.between_nodes(8)) == (1400, 700)
+    assert ring._replace(stride=8).between_nodes(8) == 1400
+    assert ring._replace(ranks=2).between_nodes(8) == 0
+
+
+def test_pipeline_stages_share_the_layers_and_copy_banks_that_cross() -> None:
+    layout = {"world_size": 8, "pipeline_parallel": 4, "global_batch_size": 64}
+    plan = olmoe(TIED, **layout)
+    assert plan.layout.stages(16) == [range(0, 4), range(4, 8), range(8, 12), range(12, 16)]
+    assert {flow.purpose for flow in plan.traffic} >= {"pipeline", "bank copies"}
+    assert "pipeline bubble" in plan.time.seconds
+    # Groups that begin and end with a stage have one copy.
+    aligned = olmoe(TieConfig(group_size=4, skip_first=0, skip_last=0), **layout)
+    assert "bank copies" not in {flow.purpose for flow in aligned.traffic}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"expert_parallel": 3}, "parallel.expert_model_parallel_size"),
+        ({"tensor_parallel": 3}, "parallel.tensor_model_parallel_size"),
+        ({"pipeline_parallel": 32, "world_size": 32}, "parallel.pipeline_model_parallel_size"),
+        ({"pipeline_parallel": 2, "zero_stage": 2}, "deepspeed.zero_optimization.stage"),
+        ({"micro_batch_size": 3}, "train.global_batch_size"),
+    ],
+)
+def test_what_cannot_be_laid_out_is_told(change: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        olmoe(**change)
+    assert field in {problem.field for problem in error.value.problems}
+
+
+def test_a_search_finds_what_fits_and_sorts_it() -> None:
+    planned, layout = subject("qwen3_30b_a3b"), Layout(world_size=16, seq_length=4096, global_batch_size=256)
+    found = search(planned, TieConfig(), layout, (1, 4))
+    assert found.considered == len(list(candidates(planned, TieConfig(), layout, (1, 4))))
+    assert 0 < len(found.fitting) < found.considered
+    assert all(plan.fits for plan in found.fitting)
+    times = [plan.time.total for plan in found.fitting]
+    assert times == sorted(times)
+    assert {plan.topology.tie.group_size for plan in found.fitting} == {1, 4}
+    assert search(planned, TieConfig(), layout, (1, 4), limit=7).considered == 7
+
+
+def test_advice_makes_it_fit_or_faster() -> None:
+    planned = subject("qwen3_30b_a3b")
+    layout = Layout(world_size=16, seq_length=4096, global_batch_size=256)
+    plan = planned.plan(TieConfig(), layout)
+    assert not plan.fits
+    found = changes(planned, TieConfig(), plan)
+    assert found
+    assert all(change.plan.fits for change in found)
+    fitting = planned.plan(TIED, replace(layout, zero_stage=3, expert_parallel=16))
+    assert fitting.fits
+    assert all(change.plan.time.total < fitting.time.total for change in changes(planned, TIED, fitting))
+
+
+def test_a_plan_is_json() -> None:
+    plan = olmoe(expert_parallel=4)
+    told = json.loads(json.dumps(plan.to_json()))
+    assert told["memory"]["total"] == plan.memory.total
+    assert sum(told["memory"][part] for part in plan.memory.parts) == told["memory"]["total"]
+    assert told["parameters"]["total"] == plan.parameters.total
+
+
+def test_hardware_of_ones_own(tmp_path) -> None:
+    file = tmp_path / "mine.yaml"
+    h100 = load_hardware("h100").model_dump(exclude={"name"})
+    file.write_text(json.dumps({"mine": {**h100, "memory_gb": 40}, "broken": {**h100, "memory_gb": -1}}))
+    assert load_hardware(f"{file}:mine").memory == 40 * GB
+    for choice, told in (
+        (f"{file}:broken", "memory_gb"),
+        (f"{file}:other", "mine"),
+        ("h10", "h100"),
+        ("x:h100", "--h"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            load_hardware(choice)
