@@ -56,7 +56,7 @@ class CheckpointDirectory:
         self.staging(step).mkdir()
 
     def commit(self, step: int) -> None:
-        """Give the checkpoint of `step`, whose files are on the device, its name, and let `latest` name it."""
+        """Give the checkpoint of `step`, whose files are on the device, its name: from here on it is one."""
         final, replaced = self.path(step), self.root / f".step_{step:08d}.replaced"
         if final.exists():
             # Of an earlier attempt, and found broken: a sound one would have been resumed from.
@@ -64,7 +64,10 @@ class CheckpointDirectory:
         os.rename(self.staging(step), final)
         sync(self.root)
         shutil.rmtree(replaced, ignore_errors=True)
-        write_whole(self.root / LATEST, final.name + "\n")
+
+    def name_latest(self, step: int) -> None:
+        """Let `latest` name the checkpoint of `step`."""
+        write_whole(self.root / LATEST, self.path(step).name + "\n")
 
     def abort(self, step: int) -> None:
         """Remove what is left of a failed attempt."""

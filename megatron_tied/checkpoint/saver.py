@@ -100,9 +100,11 @@ class Saver:
     def _commit(self, step: int) -> None:
         self._directory.commit(step)
         try:
+            # Saved it is, whatever becomes of this; old ones stay while `latest` may name one of them.
+            self._directory.name_latest(step)
             self._directory.retain(step, **self._keep)
         except OSError as error:
-            logging.getLogger(__name__).warning("old checkpoints were not removed: %s", error)
+            logging.getLogger(__name__).warning("old checkpoints, and what `latest` names, were left: %s", error)
 
 
 def _host_copy(tensors: StateDict) -> StateDict:

@@ -20,14 +20,15 @@ _INT64 = 8
 
 
 class Kernels(NamedTuple):
-    """Which kernels a host has: flash attention keeps no scores, a fused norm no intermediates."""
+    """Which kernels a host has: flash attention keeps no scores, a fused norm or activation no intermediates."""
 
     fused_attention: bool
     fused_norm: bool
+    fused_activation: bool
 
 
-UNFUSED = Kernels(fused_attention=False, fused_norm=False)
-FUSED = Kernels(fused_attention=True, fused_norm=True)
+UNFUSED = Kernels(False, False, False)
+FUSED = Kernels(True, True, True)
 
 # What each of Megatron-Core's recompute_modules leaves out, by the names of `saved_by_layer`.
 _LEFT_OUT: Mapping[str, tuple[str, ...]] = {
@@ -107,8 +108,8 @@ def layer_activations(
     scores = saved["attention scores"]
     attention_backward = 2 * scores + 4 * hidden * width
     if topology.bank_of_layer[layer] is None:
-        ffn = tokens * layout.tensor_parallel * model.ffn_hidden_size // layout.tensor_parallel
-        saved["dense MLP"] = _mlp_saved(model) * ffn * width
+        ffn = tokens * model.ffn_hidden_size
+        saved["dense MLP"] = _mlp_saved(model, kernels) * ffn * width
         backward = max(attention_backward, 3 * ffn * width + 2 * hidden * width)
         return LayerActivations(saved, hidden * width, backward, 0)
     routed, ffn = routed_tokens(model, layout), model.moe_ffn_hidden_size
@@ -122,7 +123,7 @@ def layer_activations(
         "expert activations": routed * ffn * (3 if model.gated_linear_unit else 2) * width,
     }
     if shared := model.moe_shared_expert_intermediate_size:
-        saved["shared experts"] = _mlp_saved(model) * tokens * shared * width
+        saved["shared experts"] = _mlp_saved(model, kernels) * tokens * shared * width
     # Gradients of the experts' outputs and of both halves of their hidden states, each there twice for a moment.
     expert_backward = routed * (model.hidden_size + 2 * fc1_rows) * width + 2 * hidden * width
     held = routed * (2 * model.hidden_size + ffn + fc1_rows) * width
@@ -139,30 +140,51 @@ def _norm(model: ModelConfig, layout: Layout, features: int, kernels: Kernels) -
 
 
 def _attention(model: ModelConfig, layout: Layout, kernels: Kernels) -> dict[str, int]:
-    width, sizes = layout.width, attention_widths(model)
-    whole = layout.tokens  # sequence parallel outside of attention, cut by heads inside: the same product
+    # Sequence parallel outside of attention, cut by heads inside: the same product.
+    width, tokens, sizes = layout.width, layout.tokens, attention_widths(model)
     heads = model.num_attention_heads
-    spread_key, spread_value = sizes.query, (sizes.output if heads != model.num_query_groups else sizes.value)
+    numbers = sizes.query + (sizes.key if kernels.fused_attention else sizes.query) + sizes.output
+    extra, whole_is_kept = _before_attention(model, layout, kernels)
+    if kernels.fused_attention or model.num_query_groups == heads or is_latent(model):
+        # The value is a view of what came out of the projection, and keeps all of it.
+        numbers += 0 if whole_is_kept else _projected(model, sizes)
+    else:
+        numbers += sizes.output
+    saved = tokens * numbers * width + extra
     if kernels.fused_attention:
-        spread_key, spread_value = sizes.key, sizes.value
-    qkv = sizes.query + spread_key + spread_value
-    saved = whole * (qkv + sizes.output) * width
+        return {"attention": saved, "attention scores": tokens * heads * _FP32}
+    # Softmax in fp32, and a copy of it in the width of the values.
+    per_score = _FP32 if layout.precision == "fp32" else _FP32 + width
+    return {"attention": saved, "attention scores": tokens * layout.seq_length * heads * per_score}
+
+
+def _projected(model: ModelConfig, sizes: Widths) -> int:
+    """Numbers per token of the tensor that the value is a part of."""
+    if is_latent(model):
+        return model.num_attention_heads * latent_sizes(model).qk_head_dim + sizes.value
+    return sizes.query + sizes.key + sizes.value
+
+
+def _before_attention(model: ModelConfig, layout: Layout, kernels: Kernels) -> tuple[int, bool]:
+    """Bytes that norms, clipping and rotary positions save, and whether they keep all of the projection's output."""
+    width, tokens, sizes = layout.width, layout.tokens, attention_widths(model)
+    rotated = latent_sizes(model).qk_pos_emb_head_dim if is_latent(model) else model.kv_channels
+    # Sines and cosines, for query and for key.
+    saved = 4 * layout.seq_length * rotated * width
     if is_latent(model):
         latent = latent_sizes(model)
         down = (latent.q_lora_rank or 0) + latent.kv_lora_rank + latent.qk_pos_emb_head_dim
-        saved += whole * 2 * down * width
-    elif model.qk_layernorm:
-        saved += _norm(model, layout, sizes.query, kernels) + _norm(model, layout, sizes.key, kernels)
-        if layout.precision == "fp32" and not kernels.fused_norm:
-            # The key's norm saves it where it lies: among query, key and value in one tensor.
-            saved += whole * (sizes.query + sizes.value) * width
+        return saved + tokens * 2 * down * width, False
     if model.qkv_clip is not None:
-        saved += whole * (sizes.query + sizes.key + sizes.value) * width
-    if kernels.fused_attention:
-        return {"attention": saved, "attention scores": whole * heads * _FP32}
-    # Softmax in fp32, and a copy of it in the width of the values.
-    per_score = _FP32 if layout.precision == "fp32" else _FP32 + width
-    return {"attention": saved, "attention scores": whole * layout.seq_length * heads * per_score}
+        saved += tokens * (sizes.query + sizes.key + sizes.value) * width
+    if not model.qk_layernorm:
+        return saved, False
+    saved += _norm(model, layout, sizes.query, kernels) + _norm(model, layout, sizes.key, kernels)
+    # The key's norm saves its input where it lies, beside query and value, unless it has made it fp32 first.
+    in_place = layout.precision == "fp32" or kernels.fused_norm or model.normalization == "LayerNorm"
+    if in_place:
+        saved += tokens * (sizes.query + sizes.value) * width
+    return saved, in_place
 
 
 def _router(model: ModelConfig, layout: Layout, experts: int) -> int:
@@ -171,9 +193,14 @@ def _router(model: ModelConfig, layout: Layout, experts: int) -> int:
     return layout.tokens * (experts * (_FP32 + layout.width + 1) + chosen)
 
 
-def _mlp_saved(model: ModelConfig) -> int:
-    """Numbers per hidden unit that a dense MLP saves: gate, up, activated gate and product, or two of a plain one."""
-    return 4 if model.gated_linear_unit else 2
+def _mlp_saved(model: ModelConfig, kernels: Kernels) -> int:
+    """Numbers per hidden unit that a dense MLP saves.
+
+    Fused: gate, up, and their product. Else the activated gate and a shifted copy of up, too.
+    """
+    if not model.gated_linear_unit:
+        return 2
+    return 3 if kernels.fused_activation else 5
 
 
 class LossActivations(NamedTuple):

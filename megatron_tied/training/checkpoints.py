@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from megatron_tied.checkpoint.saver import Outcome, Saver
+from megatron_tied.checkpoint.saver import Saver
 from megatron_tied.errors import TrainingStopped
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.resume import checkpoint_directory
@@ -71,15 +71,11 @@ class Checkpoints:
     def _tell(self, say: Callable[[str], None]) -> None:
         for outcome in self._saver.outcomes():
             self._failure = outcome.failure
-            say(_told(outcome))
+            if outcome.failure is None:
+                say(f"step {outcome.step}: saved {outcome.path}")
+            else:
+                say(f"WARNING: step {outcome.step} is NOT SAVED ({outcome.failure}); older checkpoints are kept")
 
     def _save(self, step: int) -> None:
         self._saver.save(self._state.tensors(), self._state.manifest(step), self._state.expected())
         self._saved = step
-
-
-def _told(outcome: Outcome) -> str:
-    if outcome.failure is None:
-        return f"step {outcome.step}: saved {outcome.path}"
-    consequence = "training goes on, and older checkpoints are kept"
-    return f"WARNING: step {outcome.step} is NOT SAVED ({outcome.failure}); {consequence}"

@@ -14,6 +14,7 @@ def write(directory: CheckpointDirectory, step: int, content: str = "") -> None:
     directory.begin(step)
     (directory.staging(step) / "data").write_text(content or str(step))
     directory.commit(step)
+    directory.name_latest(step)
 
 
 @pytest.fixture
@@ -25,7 +26,9 @@ def test_it_has_its_name_only_after_commit(directory: CheckpointDirectory) -> No
     directory.begin(5)
     assert (directory.steps(), directory.latest()) == ([], None)
     directory.commit(5)
-    assert (directory.steps(), directory.latest()) == ([5], directory.path(5))
+    assert (directory.steps(), directory.latest()) == ([5], None)
+    directory.name_latest(5)
+    assert directory.latest() == directory.path(5)
     assert directory.path(5).name == "step_00000005"
 
 

@@ -99,6 +99,25 @@ def test_a_fused_weight_gradient_keeps_the_inputs_of_a_group() -> None:
     assert held < fused.memory.activations - immediate.memory.activations < 4 * held
 
 
+def test_a_tied_bank_collects_its_gradient_beside_what_is_made() -> None:
+    """Untied, the first product and its flat copy are there at once; tied, the first product and the sum of both."""
+    few_tokens = {"world_size": 512, "global_batch_size": 512, "seq_length": 8}
+    all_tied = TieConfig(group_size=16, skip_first=0, skip_last=0)
+    first = 64 * 2 * 1024 * 2048 * 2
+    for stage, of_untied, of_tied in ((2, 2, 2.5), (3, 2, 3)):
+        untied, tied = (olmoe(tie, zero_stage=stage, **few_tokens) for tie in (TieConfig(), all_tied))
+        assert untied.memory.activations == pytest.approx(of_untied * first, rel=0.05)
+        assert tied.memory.activations == pytest.approx(of_tied * first, rel=0.05)
+
+
+def test_buckets_and_micro_batches_under_way() -> None:
+    one, two = (olmoe(overlap_comm=overlap).memory.buffers for overlap in (False, True))
+    assert two == 2 * one == 4 * 500_000_000
+    # The first of four stages has four micro-batches under way, and a quarter of the layers.
+    whole, first = olmoe(world_size=1), olmoe(world_size=4, pipeline_parallel=4)
+    assert first.memory.activations == pytest.approx(whole.memory.activations, rel=0.1)
+
+
 @pytest.mark.parametrize("recompute", [Recompute(frozenset({"moe_act"})), Recompute(frozenset({"moe"}))])
 def test_recompute_trades_memory_for_operations(recompute: Recompute) -> None:
     plain, again = olmoe(micro_batch_size=4), olmoe(micro_batch_size=4, recompute=recompute)
@@ -124,6 +143,20 @@ def test_tying_divides_the_traffic_of_banks_and_leaves_all_to_all() -> None:
     assert untied.wire("bank gradients") == pytest.approx(16 / 7 * tied.wire("bank gradients"), rel=1e-6)
     for purpose in ("dense gradients", "dispatch", "combine"):
         assert untied.wire(purpose) == tied.wire(purpose)
+
+
+def test_what_hides_behind_computation() -> None:
+    layout = {"world_size": 64, "global_batch_size": 4096, "overlap_comm": True}
+    in_the_open = olmoe(**{**layout, "overlap_comm": False}).time.seconds["gradients"]
+    one_at_a_time, all_at_once = olmoe(**layout), olmoe(**layout, micro_batch_size=64)
+    assert "gradients" not in all_at_once.time.seconds
+    # Of 64 micro-batches only the last one's computation hides the reduction.
+    hidden = in_the_open - one_at_a_time.time.seconds["gradients"]
+    assert hidden == pytest.approx(one_at_a_time.time.seconds["compute"] * 0.8 / 64)
+    # DeepSpeed fetches a bank of OLMoE ahead, but none that has more than 10^9 elements.
+    stage_3 = Layout(world_size=64, seq_length=4096, global_batch_size=1024, zero_stage=3, micro_batch_size=4)
+    assert "weights" not in subject().plan(TIED, stage_3).time.seconds
+    assert "weights" in subject("qwen3_235b_a22b").plan(TIED, stage_3).time.seconds
 
 
 def test_what_leaves_a_node_by_the_order_of_ranks() -> None:
