@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--gpu-memory", type=_positive, metavar="GB", help="memory per rank, 10^9 bytes; default: the hardware's"
     )
-    parser.add_argument("--imbalance", type=_positive, help="tokens of the busiest expert parallel rank over the mean")
+    parser.add_argument("--imbalance", type=_at_least_one, help="tokens of the busiest rank over the mean")
     parser.add_argument(
         "--weight-gradient", choices=("immediate", "fused"), help="fused keeps inputs for one product a bank"
     )
@@ -69,7 +70,8 @@ def _plan(args: argparse.Namespace) -> int:
         found = search(subject, config.tie, layout, args.group_sizes)
         if args.json:
             plans = [plan.to_json() for plan in found.fitting[: args.top]]
-            print(json.dumps({"considered": found.considered, "fitting": len(found.fitting), "plans": plans}, indent=2))
+            counts = {"considered": found.considered, "fitting": len(found.fitting)}
+            print(json.dumps({**counts, "plans": plans, "planned_only": list(map(str, planned_only))}, indent=2))
             return 0
         console.print(found_table(found, args.top))
         if found.fitting:
@@ -77,14 +79,16 @@ def _plan(args: argparse.Namespace) -> int:
     else:
         named = _compared(subject, config.tie, layout)
         if args.json:
-            print(json.dumps({name: plan.to_json() for name, plan in named}, indent=2))
+            plans = {name: plan.to_json() for name, plan in named}
+            print(json.dumps({"plans": plans, "planned_only": list(map(str, planned_only))}, indent=2))
             return 0
-        plan = subject.plan(config.tie, layout)
-        console.print(
-            comparison(named), verdict(plan, changes(subject, config.tie, plan)), resting_on(plan), sep="\n\n"
-        )
+        name, plan = named[0] if subject.topology(config.tie) == named[0][1].topology else named[1]
+        advice = changes(subject, config.tie, plan)
+        console.print(comparison(named), verdict(name, plan, advice), resting_on(plan), sep="\n\n")
     for problem in planned_only:
         console.print(f"planned only, this version cannot train it: {problem}")
+    if config.offloads_to_nvme():
+        console.print("offload to nvme is planned like offload to cpu: its bytes stand under host, disks are not timed")
     return 0
 
 
@@ -127,11 +131,21 @@ def _count(text: str) -> int:
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(map(_count, text.split(",")))
+    try:
+        return tuple(map(_count, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError("must be numbers like 1,2,4") from None
 
 
 def _positive(text: str) -> float:
     value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError("must be more than 0")
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError("must be a number more than 0")
+    return value
+
+
+def _at_least_one(text: str) -> float:
+    value = _positive(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1: the busiest has no less than the mean")
     return value

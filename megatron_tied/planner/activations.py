@@ -37,6 +37,8 @@ _LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     "mlp": ("dense MLP",),
     "moe": ("router", "dispatched tokens", "expert hidden", "expert activations", "shared experts"),
     "moe_act": ("expert activations",),
+    # What comes out of the up-projections cannot be told from the rest here: nothing is counted as saved.
+    "mla_up_proj": (),
     "shared_experts": ("shared experts",),
 }
 
@@ -62,13 +64,23 @@ def attention_widths(model: ModelConfig) -> Widths:
     return Widths(query, key, key, query)
 
 
-def routed_tokens(model: ModelConfig, layout: Layout) -> int:
-    """Tokens, counted once for each of their experts, that come to the local experts of the busiest rank.
+def busiest(model: ModelConfig, layout: Layout) -> float:
+    """Tokens of the busiest expert parallel rank over the mean.
 
-    Alone, a rank's experts get exactly what its own router sends; among several the busiest gets more.
+    Alone, a rank's experts get exactly what its own router sends. A capacity factor bounds what any expert gets, and
+    with padding every expert gets that.
     """
-    busiest = layout.imbalance if layout.expert_parallel > 1 else 1.0
-    return int(layout.tokens * model.moe_router_topk * busiest)
+    extra = model.model_extra or {}
+    capacity = extra.get("moe_expert_capacity_factor")
+    if capacity is not None and extra.get("moe_pad_expert_input_to_capacity"):
+        return capacity
+    imbalance = layout.imbalance if layout.expert_parallel > 1 else 1.0
+    return imbalance if capacity is None else min(imbalance, capacity)
+
+
+def routed_tokens(model: ModelConfig, layout: Layout) -> int:
+    """Tokens, counted once for each of their experts, that come to the local experts of the busiest rank."""
+    return int(layout.tokens * model.moe_router_topk * busiest(model, layout))
 
 
 @dataclass(frozen=True)
@@ -212,6 +224,7 @@ class LossActivations(NamedTuple):
 
 def loss_activations(model: ModelConfig, layout: Layout, vocab_size: int, kernels: Kernels) -> LossActivations:
     """Activations from the last layer's output to the loss, on one rank."""
+    # All tokens times this rank's part of the vocabulary, which is this rank's tokens times all of it.
     logits = layout.tokens * vocab_size
     saved = _norm(model, layout, model.hidden_size, kernels) + layout.tokens * model.hidden_size * layout.width
     # Cross entropy saves the exponentials in fp32, which in fp32 take the place of the logits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from megatron_tied.models.config import ModelConfig
@@ -12,19 +13,22 @@ from megatron_tied.topology import TieTopology
 
 
 class Flops(NamedTuple):
-    """Forward operations per token (a multiply-add is two): in experts, in other matrices, between tokens.
+    """Forward operations per token (a multiply-add is two): in routed experts, in shared ones, in dense MLPs, in other
+    matrices, between tokens.
 
-    Attention between tokens is causal: half of all pairs. Tying changes none of them.
+    Attention between tokens is causal: half of all pairs, sliding windows left aside. Tying changes none of them.
     """
 
     experts: int
+    shared: int
+    mlp: int
     dense: int
     attention: int
 
     @property
     def forward(self) -> int:
         """All operations of the forward pass."""
-        return self.experts + self.dense + self.attention
+        return self.experts + self.shared + self.mlp + self.dense + self.attention
 
     @property
     def training(self) -> int:
@@ -34,17 +38,18 @@ class Flops(NamedTuple):
 
 def flops_per_token(model: ModelConfig, topology: TieTopology, seq_length: int, vocab_size: int) -> Flops:
     """The operations of `model` on sequences of `seq_length` tokens. Source: 2 x weights, 2 x pairs x widths."""
-    dense = sum(
-        tensor.numel
-        for tensor in model_tensors(model, topology, vocab_size)
-        if tensor.decays and tensor.bank is None and tensor.kind != "embedding"
-    )
+    matrices: Counter[str] = Counter()
+    for tensor in model_tensors(model, topology, vocab_size):
+        matrices[tensor.kind] += tensor.numel if tensor.decays else 0
+    dense = sum(matrices[kind] for kind in ("attention", "router", "output"))
     if model.share_embeddings_and_output_weights:
         dense += vocab_size * model.hidden_size
     expert = sum(tensor.numel for tensor in bank_tensors(model, topology.banks[0], 1)) if topology.banks else 0
     widths = attention_widths(model)
     return Flops(
         experts=2 * expert * model.moe_router_topk * len(topology.moe_layers),
+        shared=2 * matrices["shared_experts"],
+        mlp=2 * matrices["dense_mlp"],
         dense=2 * dense,
         attention=model.num_layers * seq_length * (widths.query + widths.output),
     )
@@ -56,6 +61,10 @@ def recomputed_share(flops: Flops, recompute: Recompute, num_layers: int) -> flo
         return 1.0
     if recompute.method == "block":
         return min(1.0, recompute.num_layers / num_layers)
-    share = flops.experts if "moe" in recompute.modules else 0
-    share += flops.attention if "core_attn" in recompute.modules else 0
-    return share / flops.forward
+    again = {
+        "moe": flops.experts + flops.shared,
+        "core_attn": flops.attention,
+        "mlp": flops.mlp,
+        "shared_experts": 0 if "moe" in recompute.modules else flops.shared,
+    }
+    return sum(operations for module, operations in again.items() if module in recompute.modules) / flops.forward

@@ -16,9 +16,8 @@ from megatron_tied.planner.sharding import local_elements, local_size
 from megatron_tied.planner.tensors import Tensor
 from megatron_tied.topology import TieTopology
 
-# DeepSpeed's defaults of stage3_max_reuse_distance and stage3_max_live_parameters.
+# DeepSpeed's default of stage3_max_reuse_distance.
 _DEFAULT_REUSE_DISTANCE = 1_000_000_000
-_MAX_LIVE = 1_000_000_000
 
 
 class Gathering(NamedTuple):
@@ -60,7 +59,7 @@ def gathering(tensors: Sequence[Tensor], topology: TieTopology, layout: Layout) 
             largest = max(largest, local_size(tensor, layout))
             after += elements
     live = max(kept_at_turn, largest_end, *per_layer.values()) + sum(kept.values())
-    prefetches = layout.prefetch_bucket_size > 0 and live < _MAX_LIVE
+    prefetches = layout.prefetch_bucket_size > 0 and live < layout.max_live_parameters
     # Whole tensors are fetched ahead.
     ahead = max(layout.prefetch_bucket_size, largest) if prefetches else 0
     return Gathering(kept[False], kept[True], gathered[False], gathered[True], min(live + ahead, after), prefetches)
@@ -98,7 +97,9 @@ def _elements_per_layer(tensors: Sequence[Tensor], topology: TieTopology, layout
 def _reuse_distance(
     tensors: Sequence[Tensor], topology: TieTopology, per_layer: Mapping[int, int], layout: Layout
 ) -> int:
-    """As `engine.zero3.bank_reuse_distance` sets it; DeepSpeed's own without ties."""
+    """The user's; else as `engine.zero3.bank_reuse_distance` sets it; DeepSpeed's own without ties."""
+    if layout.max_reuse_distance is not None:
+        return layout.max_reuse_distance
     of_bank = {bank.index: 0 for bank in topology.banks}
     for tensor in tensors:
         if tensor.bank is not None:

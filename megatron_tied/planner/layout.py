@@ -15,6 +15,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 # Bytes of a number in which weights, gradients and activations are kept.
 WIDTH: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
+RECOMPUTE_MODULES = frozenset({"core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"})
+
 
 @dataclass(frozen=True)
 class Recompute:
@@ -29,13 +31,21 @@ class Recompute:
 
     @classmethod
     def of(cls, model: ModelConfig) -> Recompute:
-        """What `model` says, with Megatron-Core's defaults."""
+        """What `model` says, with Megatron-Core's defaults. Raises ConfigError for what Megatron-Core does not know."""
         extra = model.model_extra or {}
         match extra.get("recompute_granularity"):
             case "full":
-                return cls(method=extra.get("recompute_method"), num_layers=extra.get("recompute_num_layers") or 1)
+                method = extra.get("recompute_method")
+                if method not in ("uniform", "block"):
+                    valid = 'must be "uniform" or "block" with model.recompute_granularity = full'
+                    raise ConfigError(Problem("model.recompute_method", method, valid))
+                return cls(method=method, num_layers=extra.get("recompute_num_layers") or 1)
             case "selective":
-                return cls(frozenset(extra.get("recompute_modules") or ("core_attn",)))
+                modules = frozenset(extra.get("recompute_modules") or ("core_attn",))
+                if unknown := sorted(modules - RECOMPUTE_MODULES):
+                    valid = f"must be among {', '.join(sorted(RECOMPUTE_MODULES))}"
+                    raise ConfigError(Problem("model.recompute_modules", unknown, valid))
+                return cls(modules)
             case _:
                 return cls()
 
@@ -81,6 +91,10 @@ class Layout:
     reduce_bucket_size: int = 500_000_000
     prefetch_bucket_size: int = 50_000_000
     persistence_threshold: int = 100_000
+    max_live_parameters: int = 1_000_000_000
+    # None: what the engine sets for tied models, DeepSpeed's default for others.
+    max_reuse_distance: int | None = None
+    sub_group_size: int = 1_000_000_000
     imbalance: float = 1.25
     weight_gradient: Literal["immediate", "fused"] = "immediate"
 

@@ -21,8 +21,6 @@ from megatron_tied.planner.tensors import bank_tensors
 from megatron_tied.topology import TieTopology
 
 _FP32 = 4
-# Elements that ZeRO 3 updates at once: DeepSpeed's default of sub_group_size.
-_SUB_GROUP = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class MemoryPlan:
 
     activations: saved for backward, and the gradients of activations that are at work. buffers: communication
     buckets and gathered parameters. step_extra: what the optimizer adds if the update is the highest point, when no
-    activations are there. host: bytes of host memory per rank.
+    activations are there.
     """
 
     states: ModelStates
@@ -111,18 +109,14 @@ class _Stage:
         self.model, self.topology, self.layout, self.layers = model, topology, layout, layers
         self.states = states
         kinds: dict[int | None, LayerActivations] = {}
+        self.activations: dict[int, LayerActivations] = {}
         for layer in layers:
-            bank = topology.bank_of_layer[layer]
-            experts = None if bank is None else topology.num_experts(layer, model.num_moe_experts)
+            is_moe = topology.bank_of_layer[layer] is not None
+            experts = topology.num_experts(layer, model.num_moe_experts) if is_moe else None
             if experts not in kinds:
                 kinds[experts] = layer_activations(model, topology, layout, layer, kernels)
-        self.activations = {
-            layer: kinds[
-                None if topology.bank_of_layer[layer] is None else topology.num_experts(layer, model.num_moe_experts)
-            ]
-            for layer in layers
-        }
-        self.loss = loss_activations(model, layout, vocab_size // layout.tensor_parallel, kernels)
+            self.activations[layer] = kinds[experts]
+        self.loss = loss_activations(model, layout, vocab_size, kernels)
         self.is_last = layers.stop == model.num_layers
         self.gradients = states.layer_gradients
 
@@ -209,7 +203,9 @@ class _Stage:
             return 0
         bucket = layout.reduce_bucket_size * layout.width
         if layout.zero_stage < 3:
-            return bucket * (2 if layout.overlaps else 1)
+            # On its way to the host a gradient passes through a buffer as large as the largest.
+            passing = self.states.largest_tensor * layout.width if layout.offload_optimizer else 0
+            return bucket * (2 if layout.overlaps else 1) + passing
         return bucket + self.states.gathered.live * layout.width
 
     def _highest_in_update(self) -> int:
@@ -224,6 +220,6 @@ class _Stage:
         held = sum(parts) * layout.width
         convert = _FP32 + (layout.width if layout.width != _FP32 else 0)
         if layout.zero_stage == 3:
-            return held + min(max(parts), _SUB_GROUP) * 3 * _FP32
+            return held + min(max(parts), layout.sub_group_size) * 3 * _FP32
         before_last = max((part * 3 * _FP32 for part in parts[:-1]), default=0)
         return max(held + before_last, held + parts[-1] * convert, parts[-1] * 3 * _FP32)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.planner.compute import Flops, flops_per_token
 from megatron_tied.planner.hardware import GB, Hardware
@@ -49,6 +50,9 @@ class Subject:
         topology, hardware = self.topology(tie), self.hardware
         self.parameters(tie)
         layout.check(self.model, topology)
+        if layout.expert_parallel > 1 and self.model.moe_token_dispatcher_type != "alltoall":
+            valid = 'must be "alltoall" to be planned with expert parallelism'
+            raise ConfigError(Problem("model.moe_token_dispatcher_type", self.model.moe_token_dispatcher_type, valid))
         states = self._states(tie, _what_states_depend_on(layout))
         memory = memory_plan(
             self.model,
@@ -124,7 +128,7 @@ class Plan:
         per_node = self.hardware.ranks_per_node
         return {
             "topology": self.topology.describe(),
-            "group_size": self.topology.tie.group_size,
+            "tie": self.topology.to_dict()["tie"],
             "layout": {
                 "world_size": layout.world_size,
                 "expert_parallel": layout.expert_parallel,

@@ -71,9 +71,9 @@ def layout_line(plan: Plan) -> str:
     )
 
 
-def verdict(plan: Plan, changes: Sequence[Change]) -> RenderableType:
-    """What dominates the configured plan, and what to change."""
-    lines = [f"{plan.topology.describe()}", f"dominating: {dominating(plan)}"]
+def verdict(name: str, plan: Plan, changes: Sequence[Change]) -> RenderableType:
+    """What dominates the plan called `name`, and what to change."""
+    lines = [f"{name}: {plan.topology.describe()}", f"dominating: {dominating(plan)}"]
     if changes:
         lines.append("makes it fit, one change each:" if not plan.fits else "faster, one change each:")
         lines += [
@@ -92,6 +92,8 @@ def resting_on(plan: Plan) -> RenderableType:
 
 def found_table(found: Found, most: int) -> RenderableType:
     """The fastest layouts of a search."""
+    if not found.fitting:
+        return Text(_nothing_fits(found))
     columns = ("tie.group_size", "EP", "ZeRO", "micro-batch", "recompute", "GB", "s/step", "tokens/s", "of peak")
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for plan in found.fitting[:most]:
@@ -108,6 +110,16 @@ def found_table(found: Found, most: int) -> RenderableType:
             f"{plan.utilisation:.0%}",
         )
     return Group(Text(f"{len(found.fitting):,} of {found.considered:,} layouts fit; the fastest:"), table)
+
+
+def _nothing_fits(found: Found) -> str:
+    if found.smallest is None:
+        return "no layout is valid: see --group-sizes, the number of experts and the global batch"
+    needed = gigabytes(found.smallest.memory.total)
+    return (
+        f"none of {found.considered:,} layouts fits; the smallest needs {needed} GB: "
+        f"tie.group_size {found.smallest.topology.tie.group_size}, {layout_line(found.smallest)}"
+    )
 
 
 def _rows(table: Table, plans: Sequence[Plan], rows: Sequence[Row], indent: str = "") -> None:

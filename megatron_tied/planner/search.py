@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from megatron_tied.errors import ConfigError
+from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.planner.layout import Layout, Recompute
 from megatron_tied.planner.plan import Plan, Subject
 from megatron_tied.topology import TieConfig
@@ -16,24 +16,25 @@ RECOMPUTE = (Recompute(), Recompute(frozenset({"moe_act"})), Recompute(frozenset
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to: how many layouts it looked at, and those that fit, fastest first."""
+    """What a search came to: how many layouts it looked at, those that fit, fastest first, and the smallest of all."""
 
     considered: int
     fitting: Sequence[Plan]
+    smallest: Plan | None
 
 
-def search(subject: Subject, tie: TieConfig, layout: Layout, group_sizes: Sequence[int], limit: int = 5000) -> Found:
-    """Plan all layouts near `layout`, at most `limit`: the same ranks, batch, precision, tensor and pipeline sizes."""
-    considered = 0
-    fitting = []
-    for tied, candidate in candidates(subject, tie, layout, group_sizes):
-        if considered == limit:
-            break
-        considered += 1
-        plan = subject.plan(tied, candidate)
-        if plan.fits:
-            fitting.append(plan)
-    return Found(considered, sorted(fitting, key=_preference))
+def search(subject: Subject, tie: TieConfig, layout: Layout, group_sizes: Sequence[int]) -> Found:
+    """Plan all layouts near `layout`: the same ranks, batch, precision, tensor and pipeline parallel sizes.
+
+    Raises ConfigError for a map of banks, which has no group size to search over.
+    """
+    if tie.banks is not None:
+        raise ConfigError(
+            Problem("tie.banks", list(tie.banks), "must be left out of a search: it varies tie.group_size")
+        )
+    plans = [subject.plan(tied, candidate) for tied, candidate in candidates(subject, tie, layout, group_sizes)]
+    fitting = sorted((plan for plan in plans if plan.fits), key=_preference)
+    return Found(len(plans), fitting, min(plans, key=lambda plan: plan.memory.total, default=None))
 
 
 def candidates(
@@ -45,7 +46,7 @@ def candidates(
     stages = (0, 1, 2, 3) if layout.precision == "fp32" else (1, 2, 3)
     for group_size in group_sizes:
         try:
-            tied = replace(tie, group_size=group_size, banks=None)
+            tied = replace(tie, group_size=group_size)
             topology = subject.topology(tied)
         except ConfigError:
             continue  # too few layers for such groups

@@ -19,7 +19,7 @@ _ALIGNMENT = 2
 # Where it cuts a group of expert parallel parameters (split_params_into_different_moe_groups_for_optimizer).
 _MAX_EXPERT_GROUP = 178_956_971
 _FP32 = 4
-# Parameters that Muon leaves to AdamW.
+# Parameters that Muon leaves to AdamW. (The planner knows Muon, the run config does not yet.)
 _NO_MUON = frozenset({"embedding", "output", "norms", "router"})
 
 
@@ -108,6 +108,12 @@ def model_states(
     if layout.offload_optimizer:
         # fp32 gradients go there too; on the device none stays, save those that stage 1 still has to reduce.
         host += optimizer + held * _FP32
+        # And those of earlier micro-batches, whole, with a buffer through which they pass.
+        if layout.zero_stage == 3:
+            host += held * layout.width
+        else:
+            largest = max(local_size(tensor, layout) for tensor in tensors)
+            host += (largest + (_kept(groups, layout) if layout.accumulation > 1 else 0)) * layout.width
         optimizer = 0
         gradients = gradients if layout.zero_stage < 2 else 0
     if layout.offload_parameters:
@@ -150,15 +156,18 @@ def _gradient_elements(groups: Sequence[Group], layout: Layout, elements: int, h
         return elements
     if layout.zero_stage == 3:
         return held
-    # Stage 2 keeps the whole gradient of every parameter of which a rank's partition has a part.
+    # Those accumulated so far, and those of the micro-batch at hand.
+    return _kept(groups, layout) * min(layout.accumulation, 2)
+
+
+def _kept(groups: Sequence[Group], layout: Layout) -> int:
+    """Elements of whole gradients that stage 2 keeps: of every parameter of which a rank's partition has a part."""
     touching = [group.touching_partitions() for group in groups]
     world = layout.world_size // layout.pipeline_parallel
-    most = max(
+    return max(
         sum(of_group[rank * group.ranks // world] for group, of_group in zip(groups, touching, strict=True))
         for rank in range(world)
     )
-    # Those accumulated so far, and those of the micro-batch at hand.
-    return most * min(layout.accumulation, 2)
 
 
 def optimizer_groups(tensors: Sequence[Tensor], topology: TieTopology, layout: Layout) -> list[Group]:

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_tied.models.config import ModelConfig
+from megatron_tied.planner.activations import busiest
 from megatron_tied.planner.compute import Flops, recomputed_share
 from megatron_tied.planner.hardware import GB, Hardware
 from megatron_tied.planner.layout import Layout
 from megatron_tied.planner.states import ModelStates
-from megatron_tied.planner.traffic import Flow
+from megatron_tied.planner.traffic import Flow, recomputes_experts
 from megatron_tied.topology import TieTopology
 
 # Bytes that an Adam step moves for an element: master, two moments and gradient read, three written, weight written.
@@ -63,14 +64,13 @@ def step_time(
 ) -> StepTime:
     """The time of one optimizer step of the whole job."""
     compute = _compute(model, topology, layout, hardware, flops, states)
-    busiest = layout.imbalance if layout.expert_parallel > 1 else 1.0
-    seconds = {"compute": compute, "all-to-all": 0.0, "gradients": 0.0, "weights": 0.0, "tensor parallel": 0.0}
+    seconds = {"compute": compute, "all-to-all": 0.0, "gradients": 0.0, "weights": 0.0, "model parallel": 0.0}
     for flow in flows:
         duration = _duration(flow, hardware)
         if flow.collective == "all-to-all":
-            seconds["all-to-all"] += duration * busiest
+            seconds["all-to-all"] += duration * busiest(model, layout)
         elif flow.group in ("tensor", "pipeline"):
-            seconds["tensor parallel"] += duration
+            seconds["model parallel"] += duration
         else:
             seconds[flow.purpose.split()[-1]] += duration
     hiding = compute * hardware.overlap
@@ -86,7 +86,7 @@ def step_time(
             hiding -= hidden
     seconds["optimizer"] = _optimizer(layout, hardware, states)
     waiting = (layout.pipeline_parallel - 1) / layout.accumulation
-    seconds["pipeline bubble"] = waiting * (compute + seconds["all-to-all"] + seconds["tensor parallel"])
+    seconds["pipeline bubble"] = waiting * (compute + seconds["all-to-all"] + seconds["model parallel"])
     return StepTime({name: value for name, value in seconds.items() if value > 0})
 
 
@@ -97,14 +97,15 @@ def _compute(
     tokens = layout.tokens * layout.accumulation
     # The slowest pipeline stage has this part of the layers.
     share = model.num_layers / max(map(len, layout.stages(model.num_layers)))
-    passes = 3 + recomputed_share(flops, layout.recompute, model.num_layers)
+    again = recomputed_share(flops, layout.recompute, model.num_layers)
+    passes = 3 + again
     rate = hardware.tflops[layout.precision] * 1e12 * hardware.matmul_efficiency
-    busiest = layout.imbalance if layout.expert_parallel > 1 else 1.0
-    in_experts = passes * flops.experts / share * tokens * busiest / rate
+    in_experts = passes * flops.experts / share * tokens * busiest(model, layout) / rate
     # Every use site reads the bank, tied or not.
     uses = len(topology.moe_layers) / max(1, len(topology.banks))
-    read = states.parameters.get("bank", 0) * uses * layout.width * _PRODUCTS * layout.accumulation
-    rest = passes * (flops.dense + flops.attention) / share * tokens / rate
+    products = _PRODUCTS + (1 if recomputes_experts(layout) else 0)
+    read = states.parameters.get("bank", 0) * uses * layout.width * products * layout.accumulation
+    rest = passes * (flops.forward - flops.experts) / share * tokens / rate
     return rest + max(in_experts, read / (hardware.memory_gbs * GB))
 
 
@@ -117,7 +118,14 @@ def _duration(flow: Flow, hardware: Hardware) -> float:
 
 def _optimizer(layout: Layout, hardware: Hardware, states: ModelStates) -> float:
     elements = sum(states.partitions)
-    if layout.offload_optimizer:
-        moved = elements * 2 * layout.width
-        return elements / (hardware.host_adam_gelements * GB) + moved / (hardware.host_gbs * GB)
-    return elements * _ADAM_BYTES / (hardware.memory_gbs * GB)
+    moved = 0
+    if layout.offload_parameters:
+        # What a rank gives to a gather it reads from the host each time.
+        gathered = states.gathered
+        given = gathered.dense / layout.data_parallel + gathered.bank / layout.expert_data_parallel
+        moved += given * layout.width * layout.accumulation
+    if not layout.offload_optimizer:
+        return elements * _ADAM_BYTES / (hardware.memory_gbs * GB) + moved / (hardware.host_gbs * GB)
+    # Each micro-batch's gradients go to the host; those so far come back first to be added to; at last the weights.
+    moved += elements * layout.width * (2 * layout.accumulation - 1 + 1)
+    return elements / (hardware.host_adam_gelements * GB) + moved / (hardware.host_gbs * GB)

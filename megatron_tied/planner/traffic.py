@@ -101,7 +101,7 @@ def _elements(states: ModelStates, experts: bool) -> int:
 def _experts(model: ModelConfig, topology: TieTopology, layout: Layout, layers: range) -> Iterator[Flow]:
     uses = sum(topology.bank_of_layer[layer] is not None for layer in layers)
     routed = layout.tokens * model.moe_router_topk * uses * layout.accumulation
-    passes = 3 if _recomputes_experts(layout) else 2
+    passes = 3 if recomputes_experts(layout) else 2
     hidden = routed * model.hidden_size * layout.width * passes
     # Routing probabilities go along with the tokens.
     both = {"dispatch": hidden + routed * passes * layout.width, "combine": hidden}
@@ -109,7 +109,8 @@ def _experts(model: ModelConfig, topology: TieTopology, layout: Layout, layers: 
         yield Flow(name, "all-to-all", "expert", layout.expert_parallel, 1, payload)
 
 
-def _recomputes_experts(layout: Layout) -> bool:
+def recomputes_experts(layout: Layout) -> bool:
+    """Whether backward sends tokens to the experts and through them once more."""
     return layout.recompute.method is not None or "moe" in layout.recompute.modules
 
 

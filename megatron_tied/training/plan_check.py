@@ -18,6 +18,8 @@ from megatron_tied.training.config import RunConfig
 from megatron_tied.training.planning import planned_layout, planned_subject
 
 _GPUS = ("h100", "h200", "b200", "a100")
+# Of a GPU that hardware.yaml does not know only the memory is read from the device: its speed is another.
+_LIKE_UNKNOWN = "a100"
 
 
 class PlanCheck:
@@ -54,8 +56,8 @@ class PlanCheck:
         return (
             f"plan against measured: weights and optimizer states {planned['planned_states_gb']:.3f} GB, "
             f"measured {state_bytes(engine) / GB:.3f}; all tensors at the peak {planned['planned_memory_gb']:.3f} GB, "
-            f"{_measured_peak()}; {planned['planned_tokens_per_second']:,.0f} tokens/s, "
-            f"measured {tokens_per_second:,.0f}"
+            f"{_measured_peak()}; {planned['planned_tokens_per_second']:,.0f} tokens/s "
+            f"if it were as fast as {self._plan.hardware.name} is in hardware.yaml, measured {tokens_per_second:,.0f}"
         )
 
 
@@ -70,6 +72,6 @@ def _this_hardware() -> Hardware:
     if not torch.cuda.is_available():
         return load_hardware("cpu")
     device = torch.cuda.get_device_name().lower()
-    hardware = load_hardware(next((name for name in _GPUS if name in device), _GPUS[0]))
+    hardware = load_hardware(next((name for name in _GPUS if name in device), _LIKE_UNKNOWN))
     memory = torch.cuda.get_device_properties(0).total_memory / GB
     return hardware.model_copy(update={"memory_gb": memory, "fused_kernels": HAVE_TE})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_tied.errors import ConfigError, Problem
@@ -13,7 +14,18 @@ from megatron_tied.planner.tensors import LatentSizes, is_latent
 from megatron_tied.training.config import RunConfig
 
 # What can be planned although it cannot be trained yet.
-_PLANNED_ONLY = frozenset({"parallel.pipeline_model_parallel_size", "model.multi_latent_attention"})
+_PLANNED_ONLY = frozenset(
+    {"parallel.pipeline_model_parallel_size", "model.multi_latent_attention", "checkpoint.save_every"}
+)
+# DeepSpeed's keys of sizes in elements, and the fields of Layout that hold them.
+_SIZES = {
+    "reduce_bucket_size": "reduce_bucket_size",
+    "stage3_prefetch_bucket_size": "prefetch_bucket_size",
+    "stage3_param_persistence_threshold": "persistence_threshold",
+    "stage3_max_live_parameters": "max_live_parameters",
+    "stage3_max_reuse_distance": "max_reuse_distance",
+    "sub_group_size": "sub_group_size",
+}
 _OF_LATENT_ATTENTION = frozenset(f"model.{name}" for name in LatentSizes._fields)
 
 
@@ -28,9 +40,14 @@ def remarks(config: RunConfig, world_size: int) -> list[Problem]:
 
 
 def planned_layout(config: RunConfig, world_size: int, **assumed: Any) -> Layout:
-    """The layout of `config` on `world_size` ranks; `assumed` are fields of Layout that no config says."""
+    """The layout of `config` on `world_size` ranks; `assumed` are fields of Layout that no config says.
+
+    Raises ConfigError for values that DeepSpeed would refuse, and for those that the planner does not know.
+    """
     train, parallel = config.train, config.parallel
     zero = config.deepspeed.get("zero_optimization", {})
+    if problems := list(_zero_problems(zero, config.deepspeed)):
+        raise ConfigError(problems)
     return Layout(
         world_size=world_size,
         seq_length=train.seq_length,
@@ -46,11 +63,25 @@ def planned_layout(config: RunConfig, world_size: int, **assumed: Any) -> Layout
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_parameters=_offloads(zero, "offload_param"),
         overlap_comm=_stated(zero, "overlap_comm", None),
-        reduce_bucket_size=int(_stated(zero, "reduce_bucket_size", Layout.reduce_bucket_size)),
-        prefetch_bucket_size=int(_stated(zero, "stage3_prefetch_bucket_size", Layout.prefetch_bucket_size)),
-        persistence_threshold=int(_stated(zero, "stage3_param_persistence_threshold", Layout.persistence_threshold)),
+        **{field: int(value) for key, field in _SIZES.items() if (value := _stated(zero, key, None)) is not None},
         **assumed,
     )
+
+
+def _zero_problems(zero: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> Iterator[Problem]:
+    field = "deepspeed.zero_optimization"
+    for key in _SIZES:
+        value = _stated(zero, key, 1)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            yield Problem(f"{field}.{key}", value, "must be a number >= 0")
+    overlap = _stated(zero, "overlap_comm", None)
+    if overlap is not None and not isinstance(overlap, bool):
+        yield Problem(f"{field}.overlap_comm", overlap, "must be true or false")
+    for section, key in (("data_types", "grad_accum_dtype"), (None, "communication_data_type")):
+        value = (deepspeed.get(section) or {}).get(key) if section else deepspeed.get(key)
+        if value not in (None, "auto"):
+            name = ".".join(filter(None, ("deepspeed", section, key)))
+            yield Problem(name, value, "must be left out of a plan: it knows gradients as wide as weights only")
 
 
 def planned_subject(config: RunConfig, hardware: Hardware) -> Subject:

@@ -11,6 +11,8 @@ import pytest
 
 from megatron_tied.cli.main import main
 
+ZERO = "deepspeed.zero_optimization"
+ALLGATHER = ["model.moe_token_dispatcher_type=allgather", "parallel.expert_model_parallel_size=8"]
 QUICKSTART = str(Path(__file__).parents[2] / "examples" / "quickstart.yaml")
 
 
@@ -42,7 +44,7 @@ def test_overrides_and_json(capsys: pytest.CaptureFixture[str]) -> None:
         "tie.group_size=2",
         "deepspeed.zero_optimization.stage=3",
     ]
-    plans = json.loads(told(capsys, *arguments))
+    plans = json.loads(told(capsys, *arguments))["plans"]
     assert list(plans) == ["untied", "tied, g=2"]
     assert plans["tied, g=2"]["layout"]["zero_stage"] == 3
     assert plans["tied, g=2"]["parameters"]["total"] == 4_707_932_160
@@ -55,6 +57,18 @@ def test_a_search(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(told(capsys, *arguments, "--json"))
     assert len(found["plans"]) == 3
     assert found["fitting"] <= found["considered"]
+
+
+def test_where_nothing_fits_the_smallest_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--arch", "olmoe", "--world-size", "8", "--search", "--gpu-memory", "3"]
+    assert "layouts fits; the smallest needs" in told(capsys, *arguments)
+    assert "no layout is valid" in told(capsys, *arguments, "--group-sizes", "99")
+
+
+@pytest.mark.parametrize("key", ["stage3_max_live_parameters", "reduce_bucket_size"])
+def test_what_deepspeed_is_told_counts(capsys: pytest.CaptureFixture[str], key: str) -> None:
+    arguments = ["--arch", "qwen3_30b_a3b", "--world-size", "32", f"{ZERO}.stage=3", "--json"]
+    assert told(capsys, *arguments) != told(capsys, *arguments, f"{ZERO}.{key}=100000")
 
 
 def test_what_can_only_be_planned_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,6 +88,11 @@ def test_what_can_only_be_planned_is_said(capsys: pytest.CaptureFixture[str]) ->
         (["--scale", "tiny", "--config", QUICKSTART, "--world-size", "2"], "--scale = 'tiny': must come with --arch"),
         (["--config", QUICKSTART, "--world-size", "3"], "parallel.expert_model_parallel_size = 2"),
         (["--arch", "olmoe", "--world-size", "8", "--hardware", "h10"], "did you mean h100?"),
+        (["--arch", "olmoe", "--world-size", "8", f"{ZERO}.reduce_bucket_size=abc"], "must be a number >= 0"),
+        (["--arch", "olmoe", "--world-size", "8", f"{ZERO}.overlap_comm=maybe"], "must be true or false"),
+        (["--arch", "olmoe", "--world-size", "8", "deepspeed.communication_data_type=fp32"], "left out of a plan"),
+        (["--arch", "olmoe", "--world-size", "8", "model.recompute_granularity=full"], "model.recompute_method = None"),
+        (["--arch", "olmoe", "--world-size", "8", *ALLGATHER], "model.moe_token_dispatcher_type = 'allgather'"),
         (["--arch", "olmoe", "--world-size", "8", "tie.group_sizes=4"], "did you mean 'tie.group_size'?"),
     ],
 )

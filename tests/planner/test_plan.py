@@ -9,6 +9,7 @@ import pytest
 
 from megatron_tied.errors import ConfigError
 from megatron_tied.models.config import ModelConfig
+from megatron_tied.planner.activations import FUSED, busiest, loss_activations
 from megatron_tied.planner.advice import changes
 from megatron_tied.planner.compute import flops_per_token, recomputed_share
 from megatron_tied.planner.hardware import GB, load_hardware
@@ -83,8 +84,15 @@ def test_muon_keeps_one_moment_for_matrices() -> None:
 def test_offload_moves_states_to_the_host() -> None:
     here, offloaded = olmoe(zero_stage=2), olmoe(zero_stage=2, offload_optimizer=True)
     assert offloaded.memory.states.optimizer == offloaded.memory.states.gradients == 0
-    # 12 bytes of states and 4 of gradient in place of 12 on the device.
-    assert offloaded.memory.states.host == pytest.approx(here.memory.states.optimizer * 16 / 12)
+    # 12 bytes of states and 4 of gradient in place of 12 on the device; whole gradients of the micro-batches so far, of
+    # which the device had two copies; and a buffer of the largest tensor on either side.
+    largest = 64 * 2 * 1024 * 2048 * 2
+    expected = here.memory.states.optimizer * 16 / 12 + here.memory.states.gradients / 2 + largest
+    assert offloaded.memory.states.host == pytest.approx(expected)
+    assert offloaded.memory.buffers - here.memory.buffers in (largest, largest - here.memory.buffers)
+    # At stage 3 gathers read what a rank has of the parameters from the host, too.
+    slow, slower = (olmoe(zero_stage=3, offload_optimizer=True, offload_parameters=there) for there in (False, True))
+    assert slower.time.seconds["optimizer"] > slow.time.seconds["optimizer"]
     assert offloaded.time.total > here.time.total
 
 
@@ -110,6 +118,13 @@ def test_a_tied_bank_collects_its_gradient_beside_what_is_made() -> None:
         assert tied.memory.activations == pytest.approx(of_tied * first, rel=0.05)
 
 
+def test_stage_3_updates_sub_groups() -> None:
+    """Where the update is the highest point: 12 bytes an element beside all states."""
+    sizes = (6 * 10**8, 10**9)
+    extra = [olmoe(world_size=1, seq_length=8, zero_stage=3, sub_group_size=size).memory.step_extra for size in sizes]
+    assert extra[1] - extra[0] == 12 * (sizes[1] - sizes[0])
+
+
 def test_buckets_and_micro_batches_under_way() -> None:
     one, two = (olmoe(overlap_comm=overlap).memory.buffers for overlap in (False, True))
     assert two == 2 * one == 4 * 500_000_000
@@ -131,6 +146,7 @@ def test_operations_are_six_per_active_weight_and_token() -> None:
     count = subject().parameters(TIED)
     matrices = count.active - count.embedding - count.norms
     assert flops.experts + flops.dense == 2 * matrices
+    assert flops.shared == flops.mlp == 0
     assert flops.attention == 16 * 2 * 2048 * 2048  # layers x (scores and values) x half of the pairs x 2 x width
     assert flops.training == 3 * flops.forward
     assert recomputed_share(flops, Recompute(method="uniform"), 16) == 1
@@ -206,7 +222,29 @@ def test_a_search_finds_what_fits_and_sorts_it() -> None:
     times = [plan.time.total for plan in found.fitting]
     assert times == sorted(times)
     assert {plan.topology.tie.group_size for plan in found.fitting} == {1, 4}
-    assert search(planned, TieConfig(), layout, (1, 4), limit=7).considered == 7
+    assert found.smallest.memory.total <= min(plan.memory.total for plan in found.fitting)
+    with pytest.raises(ConfigError, match=r"tie\.banks"):
+        search(planned, TieConfig(banks=list(range(48))), layout, (1,))
+
+
+def test_tensor_parallel_ranks_share_the_logits() -> None:
+    """All tokens times a part of the vocabulary: at TP 4 a quarter, not a sixteenth."""
+    model = ModelConfig.resolve({"preset": "olmoe"})
+    one, four = (
+        loss_activations(model, Layout(world_size=4, seq_length=4096, tensor_parallel=size), model.vocab_size, FUSED)
+        for size in (1, 4)
+    )
+    assert four.extra == one.extra / 4
+    assert four.saved == pytest.approx(one.saved / 4)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "padded", "expected"), [(None, False, 1.5), (1.0, False, 1.0), (2.0, False, 1.5), (2.0, True, 2.0)]
+)
+def test_a_capacity_factor_bounds_the_busiest_rank(capacity: float | None, padded: bool, expected: float) -> None:
+    options = {"moe_expert_capacity_factor": capacity, "moe_pad_expert_input_to_capacity": padded}
+    model = ModelConfig.resolve({"preset": "olmoe", **options})
+    assert busiest(model, Layout(world_size=8, seq_length=64, expert_parallel=8, imbalance=1.5)) == expected
 
 
 def test_advice_makes_it_fit_or_faster() -> None:
