@@ -175,6 +175,37 @@ def test_what_hides_behind_computation() -> None:
     assert "weights" in subject("qwen3_235b_a22b").plan(TIED, stage_3).time.seconds
 
 
+def test_the_busiest_rank_holds_up_the_all_to_all_and_the_experts() -> None:
+    even, uneven = (olmoe(expert_parallel=8, micro_batch_size=4, imbalance=imbalance) for imbalance in (1.0, 2.0))
+    assert uneven.time.seconds["all-to-all"] == pytest.approx(2 * even.time.seconds["all-to-all"])
+    assert uneven.time.seconds["compute"] > even.time.seconds["compute"]
+
+
+def test_full_recompute_by_segments() -> None:
+    layers = Recompute(method="uniform", num_layers=4)
+    assert [list(layers.segment(layer, 6)) for layer in (0, 3, 5)] == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5]]
+    first = Recompute(method="block", num_layers=2)
+    assert [list(first.segment(layer, 6)) for layer in (0, 1, 2)] == [[0], [1], []]
+    # Longer segments keep fewer inputs, and bring back more layers at once.
+    one, eight = (
+        olmoe(micro_batch_size=8, recompute=Recompute(method="uniform", num_layers=count)) for count in (1, 8)
+    )
+    assert eight.memory.activations > one.memory.activations
+
+
+def test_states_of_another_accumulation_are_not_taken_from_the_cache() -> None:
+    planned = subject()
+    layout = Layout(world_size=8, seq_length=2048, global_batch_size=8, zero_stage=2)
+    once = planned.plan(TIED, layout)
+    twice = planned.plan(TIED, replace(layout, global_batch_size=16))
+    assert twice.memory.states.gradients == 2 * once.memory.states.gradients
+
+
+def test_latent_attention_without_norms_has_none() -> None:
+    with_norms, without = (subject("deepseek_v2_lite", qk_layernorm=on).parameters(TIED) for on in (True, False))
+    assert with_norms.norms - without.norms == 27 * 512
+
+
 def test_what_leaves_a_node_by_the_order_of_ranks() -> None:
     inside = Flow("dispatch", "all-to-all", "expert", 8, 1, 800)
     assert (inside.wire, inside.between_nodes(8)) == (700, 0)
