@@ -81,13 +81,23 @@ def measure(case: Case) -> dict[str, Any]:
             _step(engine, case, batches)
         result = {
             "case": asdict(case),
-            "states": _most_over_ranks(max(states)),
+            "states": _most_over_ranks(_states(case, states)),
             "peak": _most_over_ranks(_peak(before, lambda: _step(engine, case, batches))) if case.peak else None,
             "traffic": _mean_over_ranks(traffic.sent),
             **_planned(case, model),
         }
         engine.destroy()
     return result
+
+
+def _states(case: Case, seen: list[int]) -> int:
+    """Of what was seen before and after each reduction: the most that the model's states were.
+
+    Before it there are whole gradients (stages 0 and 1), or those accumulated beside the last micro-batch's. Where only
+    partitions are kept a bucket may be there before, so that the least counts.
+    """
+    before = seen[::2]
+    return max(before) if case.stage < 2 or case.accumulation > 1 else min(seen)
 
 
 def _planned(case: Case, model: mt.ModelConfig) -> dict[str, Any]:
@@ -180,8 +190,11 @@ def _at_reduction(look: Callable[[], None]) -> Iterator[None]:
     original = DeepSpeedEngine.allreduce_gradients
 
     def looked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # A collective that is over lets go of its tensors in threads of its own: not before all ranks are here.
+        torch.distributed.barrier()
         look()
         result = original(self, *args, **kwargs)
+        torch.distributed.barrier()
         look()
         return result
 

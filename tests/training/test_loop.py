@@ -97,7 +97,8 @@ def test_speed_counts_training_alone(monkeypatch: pytest.MonkeyPatch):
             "train": {"run_dir": "run", "seq_length": 50, "global_batch_size": 4},
         }
     )
-    window = Window(config, Engine())
+    monkeypatch.setattr(window_module, "state_bytes", lambda engine: 3 * 10**9)
+    window = Window(config, Engine(), {"planned_states_gb": 2.5})
     for seconds in (3.0, 5.0):
         clock.now += seconds
         window.add(torch.tensor(seconds))
@@ -105,6 +106,7 @@ def test_speed_counts_training_alone(monkeypatch: pytest.MonkeyPatch):
     assert (metrics["lm_loss"], metrics["loss"], metrics["tokens"]) == (4.0, 4.0, 400)
     assert (metrics["step_seconds"], metrics["tokens_per_second"]) == (4.0, 50.0)
     assert (metrics["lr"], metrics["lr/experts_lr_div_2"]) == (0.5, 0.25)
+    assert (metrics["states_gb"], metrics["planned_states_gb"]) == (3.0, 2.5)
 
     clock.now += 60.0
     window.pause(60.0)  # an evaluation

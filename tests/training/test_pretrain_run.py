@@ -138,6 +138,12 @@ def test_every_line_is_ours_and_printed_once(reference_run: Run):
     progress = []
     for number in range(1, STEPS + 1):
         progress.append(step.format(number))
+        if number == 1:
+            progress.append(
+                r"plan against measured: weights and optimizer states (\d+\.\d{3}) GB, measured \1; all tensors at the "
+                r"peak \d+\.\d{3} GB, resident now \d+\.\d{3} with all libraries; [\d,]+ tokens/s if it were as fast "
+                r"as cpu is in hardware\.yaml, measured [\d,]+"
+            )
         if number in EVALUATED:
             progress.append(rf"step {number}: validation loss \d\.\d{{4}}")
     for line, pattern in zip(start, [*introduction, *progress], strict=True):
