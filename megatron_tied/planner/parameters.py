@@ -73,7 +73,7 @@ def count_parameters(model: ModelConfig, topology: TieTopology, vocab_size: int 
     made for other layers.
     """
     vocab_size = model.vocab_size if vocab_size is None else vocab_size
-    check_countable(model, topology, vocab_size)
+    _check(model, topology, vocab_size)
     found: Counter[str] = Counter()
     banks: Counter[int] = Counter()
     for tensor in model_tensors(model, topology, vocab_size):
@@ -96,7 +96,7 @@ def count_parameters(model: ModelConfig, topology: TieTopology, vocab_size: int 
     )
 
 
-def check_countable(model: ModelConfig, topology: TieTopology, vocab_size: int | None) -> None:
+def _check(model: ModelConfig, topology: TieTopology, vocab_size: int | None) -> None:
     """Raise ConfigError unless the parameters of `model` under `topology` can be counted."""
     extra = model.model_extra or {}
     problems = [

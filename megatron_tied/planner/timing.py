@@ -127,5 +127,5 @@ def _optimizer(layout: Layout, hardware: Hardware, states: ModelStates) -> float
     if not layout.offload_optimizer:
         return elements * _ADAM_BYTES / (hardware.memory_gbs * GB) + moved / (hardware.host_gbs * GB)
     # Each micro-batch's gradients go to the host; those so far come back first to be added to; at last the weights.
-    moved += elements * layout.width * (2 * layout.accumulation - 1 + 1)
+    moved += elements * layout.width * 2 * layout.accumulation
     return elements / (hardware.host_adam_gelements * GB) + moved / (hardware.host_gbs * GB)
