@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from tqdm import tqdm
 
 from megatron_tied.checkpoint.directory import resolve
 from megatron_tied.checkpoint.manifest import BrokenCheckpointError, Manifest
 from megatron_tied.checkpoint.report import report
+from megatron_tied.cli.console import console
 from megatron_tied.errors import ConfigError, Problem
-
-_WIDTH = 160  # of a table that goes to a file
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -31,10 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def _inspect(args: argparse.Namespace) -> int:
     directory, manifest = _read(args.directory)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDTH)
-    console.print(report(directory, manifest))
+    console().print(report(directory, manifest))
     return 0
 
 

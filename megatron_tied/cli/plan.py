@@ -8,8 +8,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
+from megatron_tied.cli.console import console
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.planner.advice import changes
 from megatron_tied.planner.hardware import load_hardware
@@ -22,7 +21,6 @@ from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import load_config
 from megatron_tied.training.planning import planned_layout, planned_subject, remarks
 
-_WIDTH = 160  # of a table that goes to a file
 _GROUP_SIZES = (1, 2, 4)
 # What a plan without a config file is about.
 _SEQ_LENGTH, _SEQUENCES = 4096, 1024
@@ -63,9 +61,7 @@ def _plan(args: argparse.Namespace) -> int:
     assumed = {"imbalance": args.imbalance, "weight_gradient": args.weight_gradient}
     layout = planned_layout(config, args.world_size, **{key: value for key, value in assumed.items() if value})
     subject = planned_subject(config, hardware)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDTH)
+    out = console()
     if args.search:
         found = search(subject, config.tie, layout, args.group_sizes)
         if args.json:
@@ -73,9 +69,9 @@ def _plan(args: argparse.Namespace) -> int:
             counts = {"considered": found.considered, "fitting": len(found.fitting)}
             print(json.dumps({**counts, "plans": plans, "planned_only": list(map(str, planned_only))}, indent=2))
             return 0
-        console.print(found_table(found, args.top))
+        out.print(found_table(found, args.top))
         if found.fitting:
-            console.print(resting_on(found.fitting[0]))
+            out.print(resting_on(found.fitting[0]))
     else:
         named = _compared(subject, config.tie, layout)
         if args.json:
@@ -84,11 +80,11 @@ def _plan(args: argparse.Namespace) -> int:
             return 0
         name, plan = named[0] if subject.topology(config.tie) == named[0][1].topology else named[1]
         advice = changes(subject, config.tie, plan)
-        console.print(comparison(named), verdict(name, plan, advice), resting_on(plan), sep="\n\n")
+        out.print(comparison(named), verdict(name, plan, advice), resting_on(plan), sep="\n\n")
     for problem in planned_only:
-        console.print(f"planned only, this version cannot train it: {problem}")
+        out.print(f"planned only, this version cannot train it: {problem}")
     if config.offloads_to_nvme():
-        console.print("offload to nvme is planned like offload to cpu: its bytes stand under host, disks are not timed")
+        out.print("offload to nvme is planned like offload to cpu: its bytes stand under host, disks are not timed")
     return 0
 
 
@@ -124,28 +120,27 @@ def _compared(subject: Subject, tie: TieConfig, layout: Layout) -> list[tuple[st
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer >= 1")
+    return int(text)
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(map(_count, text.split(",")))
-    except ValueError:
-        raise argparse.ArgumentTypeError("must be numbers like 1,2,4") from None
+    return tuple(map(_count, text.split(",")))
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError("must be a number more than 0")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number > 0")
     return value
 
 
 def _at_least_one(text: str) -> float:
     value = _positive(text)
     if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1: the busiest has no less than the mean")
+        raise argparse.ArgumentTypeError(f"{text!r} must be at least 1: the busiest has no less than the mean")
     return value

@@ -45,6 +45,25 @@ def optimizer_scalars(engine: TiedMoEEngine) -> dict[str, float]:
     return found
 
 
+def state_bytes(engine: TiedMoEEngine) -> int:
+    """Bytes of the storages of weights, fp32 masters and optimizer states on this rank's device, each counted once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in _states(engine)
+        if tensor.device.type == engine.device.type
+    }
+    return sum(storages.values())
+
+
+def _states(engine: TiedMoEEngine) -> Iterator[torch.Tensor]:
+    for parameter in engine.module.parameters():
+        # At stage 3 the parameter itself is empty between its uses.
+        yield getattr(parameter, "ds_tensor", parameter)
+    yield from _holders(engine)
+    for state in _inner(engine).state.values():
+        yield from filter(torch.is_tensor, state.values())
+
+
 def create_optimizer_states(engine: TiedMoEEngine, keys: Iterable[str], scalars: dict[str, float]) -> None:
     """Give every parameter the states `keys`, of zeros where it has none, and the `scalars`."""
     keys = list(keys)

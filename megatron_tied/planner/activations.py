@@ -30,7 +30,7 @@ class Kernels(NamedTuple):
 UNFUSED = Kernels(False, False, False)
 FUSED = Kernels(True, True, True)
 
-# What each of Megatron-Core's recompute_modules leaves out, by the names of `saved_by_layer`.
+# What each of Megatron-Core's recompute_modules leaves out, by the names of `LayerActivations.saved`.
 _LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     "core_attn": ("attention scores",),
     "layernorm": ("norms", "norm outputs"),
@@ -95,7 +95,7 @@ class LayerActivations:
 
     def kept(self, modules: frozenset[str]) -> int:
         """Bytes from forward to backward when `modules` are computed again."""
-        left_out = {name for module in modules for name in _LEFT_OUT.get(module, ())}
+        left_out = {name for module in modules for name in _LEFT_OUT[module]}
         kept = sum(size for name, size in self.saved.items() if name not in left_out)
         # A recomputed norm starts from its inputs, the attention's and the MLP's.
         return kept + 2 * self.input if "layernorm" in modules else kept

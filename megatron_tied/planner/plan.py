@@ -11,7 +11,7 @@ from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.planner.compute import Flops, flops_per_token
 from megatron_tied.planner.hardware import GB, Hardware
-from megatron_tied.planner.layout import Layout
+from megatron_tied.planner.layout import Layout, Recompute
 from megatron_tied.planner.memory import MemoryPlan, memory_plan
 from megatron_tied.planner.parameters import ParameterCount, count_parameters
 from megatron_tied.planner.states import ModelStates, model_states
@@ -79,7 +79,7 @@ def _what_states_depend_on(layout: Layout) -> Layout:
         seq_length=1,
         micro_batch_size=1,
         global_batch_size=layout.data_parallel * min(layout.accumulation, 2),
-        recompute=type(layout.recompute)(),
+        recompute=Recompute(),
         imbalance=1.0,
         weight_gradient="immediate",
     )

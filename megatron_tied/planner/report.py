@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 
 from rich.console import Group, RenderableType
@@ -109,7 +110,12 @@ def found_table(found: Found, most: int) -> RenderableType:
             f"{plan.tokens_per_second:,.0f}",
             f"{plan.utilisation:.0%}",
         )
-    return Group(Text(f"{len(found.fitting):,} of {found.considered:,} layouts fit; the fastest:"), table)
+    overlap = json.dumps(found.fitting[0].layout.overlap_comm)
+    head = (
+        f"{len(found.fitting):,} of {found.considered:,} layouts fit, with "
+        f"deepspeed.zero_optimization.overlap_comm={overlap}; the fastest:"
+    )
+    return Group(Text(head), table)
 
 
 def _nothing_fits(found: Found) -> str:

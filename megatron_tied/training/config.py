@@ -265,11 +265,14 @@ class RunConfig(Section):
 
     def offloads_to_nvme(self) -> bool:
         """Whether ZeRO keeps optimizer states or parameters on disks."""
+        return "nvme" in (self.offload_device("offload_optimizer"), self.offload_device("offload_param"))
+
+    def offload_device(self, key: Literal["offload_optimizer", "offload_param"]) -> str | None:
+        """Where ZeRO keeps what `key` is about, if not on the ranks' devices."""
         zero = self.deepspeed.get("zero_optimization")
-        if not isinstance(zero, Mapping):
-            return False
-        sections = (zero.get("offload_optimizer"), zero.get("offload_param"))
-        return any(isinstance(section, Mapping) and section.get("device") == "nvme" for section in sections)
+        section = zero.get(key) if isinstance(zero, Mapping) else None
+        device = section.get("device") if isinstance(section, Mapping) else None
+        return None if device == "none" else device
 
 
 def transformer_fields() -> Mapping[str, str]:

@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer.moe.experts import HAVE_TE
 
 from megatron_tied.engine.engine import TiedMoEEngine
-from megatron_tied.engine.memory import state_bytes
+from megatron_tied.engine.partitions import state_bytes
 from megatron_tied.errors import ConfigError
 from megatron_tied.planner.hardware import GB, Hardware, load_hardware
 from megatron_tied.planner.plan import Plan

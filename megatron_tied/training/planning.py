@@ -60,8 +60,8 @@ def planned_layout(config: RunConfig, world_size: int, **assumed: Any) -> Layout
         zero_stage=_stated(zero, "stage", 1),
         recompute=Recompute.of(config.model),
         optimizer=config.optimizer.name,
-        offload_optimizer=_offloads(zero, "offload_optimizer"),
-        offload_parameters=_offloads(zero, "offload_param"),
+        offload_optimizer=config.offload_device("offload_optimizer") is not None,
+        offload_parameters=config.offload_device("offload_param") is not None,
         overlap_comm=_stated(zero, "overlap_comm", None),
         **{field: int(value) for key, field in _SIZES.items() if (value := _stated(zero, key, None)) is not None},
         **assumed,
@@ -97,8 +97,3 @@ def planned_subject(config: RunConfig, hardware: Hardware) -> Subject:
 def _stated(zero: Mapping[str, Any], key: str, default: Any) -> Any:
     value = zero.get(key, default)
     return default if value == "auto" else value
-
-
-def _offloads(zero: Mapping[str, Any], key: str) -> bool:
-    section = zero.get(key)
-    return isinstance(section, Mapping) and section.get("device", "none") != "none"

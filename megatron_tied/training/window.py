@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from megatron_tied.engine.engine import TiedMoEEngine
-from megatron_tied.engine.memory import state_bytes
+from megatron_tied.engine.partitions import state_bytes
 from megatron_tied.monitor.moe_losses import take_moe_losses
 from megatron_tied.planner.hardware import GB
 from megatron_tied.training.config import RunConfig

@@ -53,7 +53,7 @@ def test_overrides_and_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_search(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--arch", "olmoe", "--world-size", "8", "--search", "--group-sizes", "1,4", "--top", "3"]
     text = told(capsys, *arguments)
-    assert "layouts fit" in text
+    assert "layouts fit, with deepspeed.zero_optimization.overlap_comm=true; the fastest" in text
     found = json.loads(told(capsys, *arguments, "--json"))
     assert len(found["plans"]) == 3
     assert found["fitting"] <= found["considered"]

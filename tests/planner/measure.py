@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_tied as mt
+from megatron_tied.engine.partitions import state_bytes
 from megatron_tied.planner.activations import UNFUSED
 from megatron_tied.planner.layout import Layout, Recompute
 from megatron_tied.planner.memory import memory_plan
@@ -82,6 +83,7 @@ def measure(case: Case) -> dict[str, Any]:
         result = {
             "case": asdict(case),
             "states": _most_over_ranks(_states(case, states)),
+            "reported states": state_bytes(engine),
             "peak": _most_over_ranks(_peak(before, lambda: _step(engine, case, batches))) if case.peak else None,
             "traffic": _mean_over_ranks(traffic.sent),
             **_planned(case, model),

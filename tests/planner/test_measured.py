@@ -81,6 +81,12 @@ def test_states_are_what_is_allocated(on_four_ranks: Measured, index: int) -> No
 
 
 @pytest.mark.parametrize("index", range(len(STATES)), ids=map(str, STATES))
+def test_what_a_run_reports_is_weights_and_optimizer_states(on_four_ranks: Measured, index: int) -> None:
+    parts = on_four_ranks[index]["parts"]
+    assert on_four_ranks[index]["reported states"] == pytest.approx(parts["weights"] + parts["optimizer"], rel=0.01)
+
+
+@pytest.mark.parametrize("index", range(len(STATES)), ids=map(str, STATES))
 def test_traffic_is_what_collectives_carry(on_four_ranks: Measured, index: int) -> None:
     measured = on_four_ranks[index]
     planned = measured["planned traffic"]
