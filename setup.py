@@ -10,8 +10,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["megatron_tied", "megatron_tied.*"]),
-    package_data={"megatron_tied.planner": ["hardware.yaml"]},
+    packages=[*find_packages(include=["megatron_tied", "megatron_tied.*"]), "megatron_tied.patches"],
+    package_dir={"megatron_tied.patches": "patches"},
+    package_data={
+        "megatron_tied.patches": ["*.diff", "trees.json"],
+        "megatron_tied.planner": ["hardware.yaml"],
+    },
     # The ranges of the first three are checked again at run time: megatron_tied/platform/versions.py.
     install_requires=[
         "torch>=2.10",

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_tied.checkpoint.directory import CheckpointDirectory
-from megatron_tied.cli.report import report
+from megatron_tied.cli.report import BAD_INPUT, PATIENCE_SECONDS, report
 from megatron_tied.errors import ConfigError, Problem, TrainingStopped
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import load_config
 
 STOPPED = 1
-BAD_INPUT = 2
 INTERRUPTED = 130  # as shells say it
-_PATIENCE_SECONDS = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,8 +64,7 @@ def _newest_checkpoint(config: RunConfig) -> str:
 
 def _end(error: ConfigError | TrainingStopped, code: int, *, told_here: bool) -> int:
     if not told_here:
-        # A launcher kills all ranks as soon as one ends: let the one that tells the reason end first.
-        time.sleep(_PATIENCE_SECONDS)
+        time.sleep(PATIENCE_SECONDS)
     elif isinstance(error, ConfigError):
         report(error, sys.stderr)
     else:

@@ -33,6 +33,8 @@ class TieConfig:
     num_tied_experts: experts of a tied bank and of its routers (width expansion); None: as untied layers.
     lr_divisor: what the learning rate of a tied bank is divided by: the square root of its number of layers
         ("sqrt"), that number itself ("linear"), 1 ("none"), or the number given.
+    pipeline: with pipeline stages, "align" has every tie group lie inside one model chunk; "allreduce" keeps a
+        copy of a bank in every chunk that uses it and sums their gradients.
     """
 
     # Read by pydantic when this class is a field of one of its models; means nothing otherwise.
@@ -46,6 +48,7 @@ class TieConfig:
     banks: Sequence[int] | None = None
     num_tied_experts: int | None = None
     lr_divisor: Literal["sqrt", "linear", "none"] | float = "sqrt"
+    pipeline: Literal["align", "allreduce"] = "align"
 
     def __post_init__(self) -> None:
         if isinstance(self.banks, list):  # as YAML and JSON give it; a tuple keeps the config hashable
@@ -78,6 +81,7 @@ class TieConfig:
                 self.lr_divisor in ("sqrt", "linear", "none") or self._has_numeric_divisor(),
                 'must be "sqrt", "linear", "none" or a number > 0',
             ),
+            ("pipeline", self.pipeline in ("align", "allreduce"), 'must be "align" or "allreduce"'),
         )
         return [Problem(f"tie.{name}", getattr(self, name), valid) for name, ok, valid in checks if not ok]
 

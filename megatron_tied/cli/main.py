@@ -7,13 +7,11 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from megatron_tied.cli import checkpoint, plan, prepare_data
-from megatron_tied.cli.report import report
+from megatron_tied.cli import checkpoint, patch, plan, prepare_data
+from megatron_tied.cli.report import BAD_INPUT, report
 from megatron_tied.errors import ConfigError
 
-BAD_INPUT = 2  # the exit code of argparse too
-
-_COMMANDS = (prepare_data, plan, checkpoint)
+_COMMANDS = (prepare_data, plan, patch, checkpoint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from typing import TextIO
 
 from megatron_tied.errors import ConfigError
+
+BAD_INPUT = 2  # the exit code of argparse too
+# A launcher kills all ranks as soon as one ends: the one that tells the reason is to end first.
+PATIENCE_SECONDS = 10
 
 
 def report(error: ConfigError, stream: TextIO) -> None:
@@ -13,3 +20,12 @@ def report(error: ConfigError, stream: TextIO) -> None:
     stream.write(f"error: {count} problem{'' if count == 1 else 's'} in the configuration\n")
     for problem in error.problems:
         stream.write(f"  {problem}\n")
+
+
+def report_once(error: ConfigError) -> int:
+    """Tells it on the run's first rank and returns the exit code; other ranks wait for that one to end."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        report(error, sys.stderr)
+    else:
+        time.sleep(PATIENCE_SECONDS)
+    return BAD_INPUT

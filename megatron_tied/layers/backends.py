@@ -9,30 +9,28 @@ import torch
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer.moe.experts import HAVE_TE, SequentialMLP, TEGroupedMLP
-from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.layers.grouped_experts import GroupedExperts
+from megatron_tied.platform.specs import Spec, experts_of
 
 BACKENDS = ("grouped", "sequential", "te")
 
 
-def experts_spec(backend: str) -> ModuleSpec:
+def experts_spec(backend: str) -> Spec:
     """The spec of the routed experts: `grouped` (ours), `sequential` or `te` (Megatron-Core's).
 
     Raises `ConfigError` for another name, or for `te` without Transformer Engine.
     """
     if backend == "grouped":
-        return ModuleSpec(module=GroupedExperts)
+        return GroupedExperts
     if backend == "sequential":
-        module, submodules = LocalSpecProvider().grouped_mlp_modules(False, False)
-    elif backend == "te" and HAVE_TE:
-        module, submodules = TESpecProvider().grouped_mlp_modules(True, False)
-    elif backend == "te":
+        return experts_of(LocalSpecProvider(), grouped=False)
+    if backend == "te" and HAVE_TE:
+        return experts_of(TESpecProvider(), grouped=True)
+    if backend == "te":
         raise ConfigError(Problem("model.expert_backend", "te", "needs Transformer Engine, which is not installed"))
-    else:
-        raise ConfigError(Problem("model.expert_backend", backend, f"must be one of {', '.join(BACKENDS)}"))
-    return ModuleSpec(module=module, submodules=submodules)
+    raise ConfigError(Problem("model.expert_backend", backend, f"must be one of {', '.join(BACKENDS)}"))
 
 
 @singledispatch

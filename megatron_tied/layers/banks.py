@@ -10,26 +10,28 @@ from megatron_tied.topology import Bank, TieTopology
 
 
 class ExpertBanks:
-    """The expert banks of one model while it is built: `attach` makes a layer the owner or a follower.
+    """The expert banks of one model chunk while it is built: `attach` makes a layer the owner or a follower.
 
     The layers of a tie group have separate expert modules that hold the SAME Parameters. Separate modules,
     because DeepSpeed's ZeRO 3 releases a module's weights after its own backward: a shared module would keep a
     bank gathered from its first use to the end of the pass. The Parameters are listed and optimised once, under
     the owner, since PyTorch lists a repeated Parameter under its first name; a `state_dict` names them in every layer.
+    In a pipeline, the first layer of a bank that a chunk holds is the owner there.
     """
 
     def __init__(self, topology: TieTopology):
         self.topology = topology
-        self._owners: dict[int, torch.nn.Module] = {}
+        self._owners: dict[int, tuple[int, torch.nn.Module]] = {}
         self._sites: dict[int, UseSites] = {}
 
     def attach(self, layer: int, experts: torch.nn.Module) -> torch.nn.Module:
         """Give `layer`'s expert module its bank; returns the owner's module (`experts` itself for an owner)."""
         bank = self.topology.bank(layer)
-        if bank.owner == layer:
-            self._owners[bank.index] = experts
+        # The owner again: another model is built from the same spec, with banks of its own.
+        if bank.index not in self._owners or layer <= self._owners[bank.index][0]:
+            self._owners[bank.index] = layer, experts
             self._sites[bank.index] = UseSites()
-        owner = self._owners[bank.index]
+        owner = self._owners[bank.index][1]
         tie(experts, owner)
         if isinstance(experts, GroupedExperts):
             experts.share_gradients_of(owner)
@@ -54,6 +56,16 @@ def is_tied(experts: torch.nn.Module, owner: torch.nn.Module) -> bool:
     """True when every Parameter of `experts` is the owner's."""
     pairs = zip(experts.parameters(), owner.parameters(), strict=True)
     return all(own is shared for own, shared in pairs)
+
+
+def leave_gradients_to_autograd(experts: torch.nn.Module) -> None:
+    """Hand on each use site's gradient as it comes, to an engine that adds up what reaches a weight more than once."""
+    if isinstance(experts, GroupedExperts):
+        for shared in experts.shared_gradients().values():
+            shared.use_sites = 1
+    for key, hook in list(experts._forward_hooks.items()):
+        if isinstance(hook, MarkUseSite):
+            del experts._forward_hooks[key]
 
 
 def gradient_sites(experts: torch.nn.Module) -> dict[UseSites, list[torch.nn.Parameter]]:

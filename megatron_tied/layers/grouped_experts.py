@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.transformer.module import MegatronModule
@@ -41,11 +44,13 @@ class GroupedExperts(MegatronModule):
         num_local_experts: int,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
     ):
         super().__init__(config=config)
         if problems := unsupported_options(config):
             raise ConfigError(problems)
         self.num_local_experts = num_local_experts
+        self._pg_collection = pg_collection
         ffn, hidden = config.moe_ffn_hidden_size, config.hidden_size
         fc1_rows = 2 * ffn if config.gated_linear_unit else ffn
         self.fc1_weight = self._weight(num_local_experts, fc1_rows, hidden)
@@ -72,6 +77,32 @@ class GroupedExperts(MegatronModule):
     def share_gradients_of(self, owner: GroupedExperts) -> None:
         """Add this layer's gradients to those of `owner`, whose weights it uses."""
         self.fc1_gradient, self.fc2_gradient = owner.fc1_gradient, owner.fc2_gradient
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The local experts as parts of `experts.linear_fc{1,2}.weight` [..., experts, out, in].
+
+        The tensors of Megatron-Core's own experts, whose checkpoints these load; those look for an extra state of
+        every expert, too, which these do not have. Raises `ConfigError` if the checkpoint is to have a tensor for
+        every expert (`singleton_local_shards`).
+        """
+        if (metadata or {}).get("singleton_local_shards"):
+            valid = "is not supported by GroupedExperts; use model.expert_backend: sequential or te"
+            raise ConfigError(Problem("singleton_local_shards", True, valid))
+        axis = len(sharded_offsets)
+        offset = (axis, self._pg_collection.ep.rank(), self._pg_collection.ep.size())
+        return {
+            f"{prefix}{kind}_weight": ShardedTensor.from_rank_offsets(
+                f"{prefix}experts.linear_{kind}.weight",
+                weight,
+                *sharded_offsets,
+                offset,
+                replica_id=(0, 0, self._pg_collection.expt_dp.rank()),
+                prepend_axis_num=axis,
+            )
+            for kind, weight in (("fc1", self.fc1_weight), ("fc2", self.fc2_weight))
+        }
 
     def forward(
         self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.layers.banks import ExpertBanks, describe, is_tied, tie
 from megatron_tied.layers.initialization import initialize_experts
 from megatron_tied.topology import Bank
@@ -38,12 +40,31 @@ class TiedMoELayer(MoELayer):
         layer_config = copy.copy(config)
         layer_config.num_moe_experts = banks.topology.num_experts(layer_index, config.num_moe_experts)
         super().__init__(layer_config, submodules, layer_number, pg_collection, **kwargs)
+        self._join(banks, layer_index)
+        if self.is_owner and config.perform_initialization:
+            self.initialize_experts(torch.initial_seed())
+
+    @classmethod
+    def adopt(cls, layer: MoELayer, banks: ExpertBanks, layer_index: int) -> TiedMoELayer:
+        """Make a Megatron-Core MoE layer that is already built one of ours, in place; an owner keeps its weights.
+
+        Raises `ConfigError` for another class than `MoELayer`, and for tied experts that differ in number.
+        """
+        if type(layer) is not MoELayer:
+            valid = "must be megatron.core's MoELayer itself; build the model with tied_decoder_block_spec"
+            raise ConfigError(Problem(f"decoder.layers[{layer_index}].mlp", type(layer).__name__, valid))
+        if (wanted := banks.topology.num_experts(layer_index, own := layer.config.num_moe_experts)) != own:
+            valid = f"must be {own}, as the layers of the model have that is already built"
+            raise ConfigError(Problem("tie.num_tied_experts", wanted, valid))
+        layer.__class__ = cls
+        layer._join(banks, layer_index)
+        return layer
+
+    def _join(self, banks: ExpertBanks, layer_index: int) -> None:
         self.layer_index = layer_index
         self.topology = banks.topology
         # In a tuple, so that the owner's module is not registered a second time under this layer.
         self._owner = (banks.attach(layer_index, self.experts),)
-        if self.is_owner and config.perform_initialization:
-            self.initialize_experts(torch.initial_seed())
 
     @property
     def bank(self) -> Bank:
@@ -52,8 +73,8 @@ class TiedMoELayer(MoELayer):
 
     @property
     def is_owner(self) -> bool:
-        """True for the first layer of its bank, where the weights are listed, saved and optimised."""
-        return self.topology.is_owner(self.layer_index)
+        """True for the first layer of its bank in this model chunk: the weights are listed and optimised there."""
+        return self._owner[0] is self.experts
 
     def postprocess(self, output: torch.Tensor, shared_expert_output: torch.Tensor | None) -> torch.Tensor:
         """As upstream; then the dispatcher forgets the probabilities it has used.
@@ -82,6 +103,27 @@ class TiedMoELayer(MoELayer):
         super()._apply(fn, recurse)
         tie(self.experts, self._owner[0])
         return self
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As upstream, a bank's weights under its owner only; a distributed checkpoint holds every tensor once."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.is_owner:
+            return state
+        # Transformer Engine's extra state, such as fp8 scales, is each layer's own.
+        return {
+            name: value
+            for name, value in state.items()
+            if not name.startswith(f"{prefix}experts.") or name.endswith("_extra_state")
+        }
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # What was saved once, under the owner, is loaded once: by now the owner has it, and the follower with it.
+        if not self.is_owner:
+            for name, value in self._owner[0].state_dict().items():
+                state_dict.setdefault(f"{prefix}experts.{name}", value)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def check_tied(self) -> None:
         """Raise `RuntimeError` if something has replaced this layer's expert Parameters by copies."""

@@ -19,6 +19,7 @@ from megatron_tied.layers.banks import ExpertBanks
 from megatron_tied.layers.grouped_experts import unsupported_options
 from megatron_tied.layers.moe_layer import TiedMoELayer
 from megatron_tied.layers.norm import TorchNorm
+from megatron_tied.platform.specs import Spec, spec_like, submodules_of
 from megatron_tied.topology import TieTopology
 
 
@@ -28,16 +29,15 @@ def tied_decoder_block_spec(
     *,
     use_transformer_engine: bool | None = None,
     expert_backend: str = "grouped",
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """Megatron-Core's decoder block spec with a `TiedMoELayer` in every MoE layer.
 
-    `use_transformer_engine=None` uses it where it is installed. Raises `ConfigError` if the topology was made for
+    `use_transformer_engine=None` uses it where it is installed; `vp_stage` is the model chunk of an interleaved
+    pipeline. Raises `ConfigError` if the topology was made for
     another number of layers, or for options that the expert backend does not have. Source:
-    `get_gpt_decoder_block_spec`, whose layer specs are one shared object, so each is copied before it is edited.
+    `get_gpt_decoder_block_spec`.
     """
-    if topology.num_layers != config.num_layers:
-        valid = f"the topology is made for {topology.num_layers} layers: build it for the same number"
-        raise ConfigError(Problem("model.num_layers", config.num_layers, valid))
     # Told here: an error from inside Megatron-Core's building of modules comes out as another one.
     if expert_backend == "grouped" and (problems := unsupported_options(config)):
         raise ConfigError(problems)
@@ -45,25 +45,46 @@ def tied_decoder_block_spec(
     # The experts are replaced below: spare upstream its warning about a grouped MLP that it no longer maintains.
     upstream = copy.copy(config)
     upstream.moe_grouped_gemm = False
-    block = get_gpt_decoder_block_spec(upstream, use_transformer_engine=use_te, normalization=config.normalization)
-    banks = ExpertBanks(topology)
-    experts = experts_spec(expert_backend)
-    first = get_transformer_layer_offset(config)
-    block.layer_specs = [
-        _tied_layer(spec, first + index, banks, experts) for index, spec in enumerate(block.layer_specs)
-    ]
+    block = get_gpt_decoder_block_spec(
+        upstream, use_transformer_engine=use_te, normalization=config.normalization, vp_stage=vp_stage
+    )
+    tie_layer_specs(block, config, topology, vp_stage=vp_stage, experts=experts_spec(expert_backend))
     _allow_sequence_parallel_norms(block)
     return block
 
 
-def _tied_layer(layer: ModuleSpec, index: int, banks: ExpertBanks, experts: ModuleSpec) -> ModuleSpec:
+def tie_layer_specs(
+    block: TransformerBlockSubmodules,
+    config: TransformerConfig,
+    topology: TieTopology,
+    *,
+    vp_stage: int | None = None,
+    experts: Spec | None = None,
+) -> TransformerBlockSubmodules:
+    """Put a `TiedMoELayer` in every MoE layer of a decoder block's spec, which is one model chunk; returns `block`.
+
+    `experts` replaces the spec's own. Upstream's layer specs are one shared object: each is copied before it is
+    edited. Raises `ConfigError` if the topology was made for another number of layers.
+    """
+    if topology.num_layers != config.num_layers:
+        valid = f"the topology is made for {topology.num_layers} layers: build it for the same number"
+        raise ConfigError(Problem("model.num_layers", config.num_layers, valid))
+    banks = ExpertBanks(topology)
+    first = get_transformer_layer_offset(config, vp_stage)
+    block.layer_specs = [
+        _tied_layer(spec, first + index, banks, experts) for index, spec in enumerate(block.layer_specs)
+    ]
+    return block
+
+
+def _tied_layer(layer: ModuleSpec, index: int, banks: ExpertBanks, experts: Spec | None) -> ModuleSpec:
     layer = copy.deepcopy(layer)
     if banks.topology.bank_of_layer[index] is None:
         return layer
-    submodules = layer.submodules.mlp.submodules
-    submodules.experts = experts
-    params = {"banks": banks, "layer_index": index}
-    layer.submodules.mlp = ModuleSpec(module=TiedMoELayer, submodules=submodules, params=params)
+    submodules = copy.copy(submodules_of(layer.submodules.mlp))
+    if experts is not None:
+        submodules.experts = experts
+    layer.submodules.mlp = spec_like(layer.submodules.mlp, TiedMoELayer, submodules, banks=banks, layer_index=index)
     return layer
 
 

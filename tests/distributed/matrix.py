@@ -86,12 +86,14 @@ def run_cases(job: Job, world: int, cases: Sequence[Case], **options: Any) -> li
     ]
 
 
-def run_traces(job: Job, world: int, cases: Sequence[Case], **options: Any) -> list[dict[str, Any]]:
-    """What the ranks recorded, a trace for each case; `options` go to the worker."""
+def run_traces(
+    job: Job, world: int, cases: Sequence[Any], worker: str = "tests.distributed.oracle_worker", **options: Any
+) -> list[dict[str, Any]]:
+    """What the ranks of `worker` recorded, a trace for each case; `options` go to the worker."""
     with tempfile.TemporaryDirectory() as directory:
         job_file, result_file = Path(directory, "job"), Path(directory, "result")
         torch.save({**material(job), "cases": list(cases), **options}, job_file)
-        launch("tests.distributed.oracle_worker", world, str(job_file), str(result_file))
+        launch(worker, world, str(job_file), str(result_file))
         return torch.load(result_file, weights_only=False)
 
 

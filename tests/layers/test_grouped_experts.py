@@ -170,7 +170,7 @@ def test_an_unknown_kind_of_experts_is_refused():
 
 
 def test_backends_are_chosen_by_name():
-    assert experts_spec("grouped").module is GroupedExperts
+    assert experts_spec("grouped") is GroupedExperts
     assert experts_spec("sequential").module is SequentialMLP
     with pytest.raises(ConfigError, match=r"model\.expert_backend = 'fast': must be one of grouped, sequential, te"):
         experts_spec("fast")

@@ -127,7 +127,7 @@ def test_how_training_that_does_not_finish_ends(
 ):
     config = write_config(tmp_path, corpus)
     monkeypatch.setattr(run, "run", _raising(error))
-    monkeypatch.setattr("megatron_tied.pretrain._PATIENCE_SECONDS", 0)
+    monkeypatch.setattr("megatron_tied.pretrain.PATIENCE_SECONDS", 0)
     arguments = ["--config", str(config), "parallel.expert_model_parallel_size=1"]
     assert pretrain.main(arguments) == code
     assert capsys.readouterr().err == line.format(run_dir=tmp_path / "run") + "\n"

@@ -1,0 +1,115 @@
+"""The `--moe-tie-*` flags, and the topology they ask for."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from dataclasses import fields
+
+from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.topology import TieConfig, TieTopology
+
+# TieConfig's fields by their flag, and the attribute that Megatron-LM's namespace and its YAML files know it by.
+FLAGS = {field.name: f"moe_tie_{field.name.removeprefix('num_tied_')}" for field in fields(TieConfig)}
+FLAGS["num_tied_experts"] = "moe_tie_num_experts"
+
+
+def add_tie_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Adds the flags to Megatron-LM's parser and returns it; usable as `extra_args_provider`."""
+    default = TieConfig()
+    group = parser.add_argument_group("expert tying", "layers of a tie group use one set of routed experts")
+    group.add_argument(
+        "--moe-tie-group-size", type=int, default=1, metavar="N", help="MoE layers per tie group; 1 (default): untied"
+    )
+    group.add_argument(
+        "--moe-tie-skip-first", type=int, default=default.skip_first, metavar="N", help="untied first MoE layers (2)"
+    )
+    group.add_argument(
+        "--moe-tie-skip-last", type=int, default=default.skip_last, metavar="N", help="untied last MoE layers (2)"
+    )
+    group.add_argument(
+        "--moe-tie-pattern",
+        choices=("consecutive", "cyclic"),
+        default=default.pattern,
+        help="tie neighbours (default), or layers that are --moe-tie-block-size apart",
+    )
+    group.add_argument("--moe-tie-block-size", type=int, default=default.block_size, metavar="N", help="of cyclic (1)")
+    group.add_argument(
+        "--moe-tie-banks",
+        type=_integers,
+        metavar="0,1,1,2",
+        help="the bank of each MoE layer, in place of the five flags above",
+    )
+    group.add_argument(
+        "--moe-tie-num-experts", type=int, metavar="N", help="experts of a tied bank; default: --num-experts"
+    )
+    group.add_argument(
+        "--moe-tie-lr-divisor",
+        type=_divisor,
+        default=default.lr_divisor,
+        metavar="sqrt|linear|none|X",
+        help="what a tied bank's learning rate is divided by: the root of its number of layers (default), ...",
+    )
+    group.add_argument(
+        "--moe-tie-pipeline",
+        choices=("align", "allreduce"),
+        default=default.pipeline,
+        help="cut pipeline stages between tie groups (default), or keep a copy of a bank on every stage that uses it "
+        "and sum their gradients",
+    )
+    return parser
+
+
+def ties(args: Namespace) -> bool:
+    """Whether the arguments ask for tied experts."""
+    return bool(args.num_experts) and (
+        getattr(args, "moe_tie_group_size", 1) != 1 or getattr(args, "moe_tie_banks", None) is not None
+    )
+
+
+def tie_config(args: Namespace) -> TieConfig:
+    """The TieConfig of Megatron-LM's arguments; what a `--yaml-cfg` file leaves out has its default."""
+    default = TieConfig()
+    return TieConfig(**{field: getattr(args, name, getattr(default, field)) for field, name in FLAGS.items()})
+
+
+def topology_from_args(args: Namespace) -> TieTopology:
+    """The banks that the arguments ask for. Raises `ConfigError`, in the names of the flags."""
+    try:
+        return TieTopology.build(tie_config(args), args.num_layers, moe_layers(args))
+    except ConfigError as error:
+        raise ConfigError([_in_flags(problem) for problem in error.problems]) from None
+
+
+def moe_layers(args: Namespace) -> list[int]:
+    """The layers, from 0, that `--moe-layer-freq` makes MoE layers."""
+    frequency = getattr(args, "moe_layer_freq", 1)
+    if isinstance(frequency, int):
+        return list(range(0, args.num_layers, frequency))
+    return [layer for layer, is_moe in enumerate(frequency) if is_moe]
+
+
+def flag(attribute: str) -> str:
+    """The flag of an attribute of Megatron-LM's arguments."""
+    return f"--{attribute.replace('_', '-')}"
+
+
+def _in_flags(problem: Problem) -> Problem:
+    names = {f"tie.{field}": flag(name) for field, name in FLAGS.items()} | {"model.num_layers": "--num-layers"}
+    valid = problem.valid
+    for name in sorted(names, key=len, reverse=True):
+        valid = valid.replace(name, names[name])
+    return Problem(names.get(problem.field, problem.field), problem.value, valid)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} must be integers such as 0,1,1,2") from None
+
+
+def _divisor(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,170 @@
+"""What Megatron-LM's arguments must be for tied experts, known before any model is built."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.megatron_lm.arguments import flag, tie_config, ties, topology_from_args
+from megatron_tied.planner.pipeline import (
+    aligned_cut,
+    boundaries,
+    even_cut,
+    layout_argument,
+    straddling,
+)
+from megatron_tied.topology import TieConfig, TieTopology
+
+# Arguments that cannot be with tied experts, and why.
+_REFUSED = {
+    "hybrid_layer_pattern": "builds another kind of model than the GPT that is tied here",
+    "hybrid_override_pattern": "builds another kind of model than the GPT that is tied here",
+    "is_hybrid_model": "builds another kind of model than the GPT that is tied here",
+    "use_torch_fsdp2": "shards modules, each with weights of its own; use --use-distributed-optimizer",
+    "use_megatron_fsdp": "shards modules, each with weights of its own; use --use-distributed-optimizer",
+    "init_model_with_meta_device": "makes new weights after the model is built, which parts the layers of a group",
+    "moe_use_upcycling": "makes experts of a dense model, layer by layer; start from an untied model",
+    "delay_wgrad_compute": "keeps one weight gradient a module, and a bank has several",
+    "overlap_moe_expert_parallel_comm": "runs layers in parts of its own, without the tied layer's",
+}
+# Flags with which the user has laid out the pipeline.
+_LAYOUT = (
+    "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+
+
+def check_and_align(args: Namespace) -> None:
+    """Before Megatron-LM's own checks: refuse what tying rules out, and cut an even pipeline between tie groups.
+
+    Raises `ConfigError` in the names of the flags.
+    """
+    _take_from_yaml(args)
+    if not ties(args):
+        _refuse_idle_flags(args)
+        return
+    topology = topology_from_args(args)
+    if problems := list(_refused(args)):
+        raise ConfigError(problems)
+    chunks = _even_chunks(args)
+    if topology.tie.pipeline == "allreduce" or chunks is None or any(getattr(args, name, None) for name in _LAYOUT):
+        return
+    even = even_cut(args.num_layers, chunks)
+    if even is not None and straddling(topology, even):
+        _align(args, topology, chunks, even)
+
+
+def check_resolved(args: Namespace) -> None:
+    """After Megatron-LM's own checks: refuse a pipeline whose chunks part a tie group, with a layout that would do."""
+    if not ties(args):
+        return
+    topology = topology_from_args(args)
+    cut = _resolved_cut(args)
+    if topology.tie.pipeline == "align" and cut is not None and straddling(topology, cut):
+        raise ConfigError(_parted(args, topology, cut))
+
+
+def check_same_banks(args: Namespace, checkpoint_args: Namespace) -> None:
+    """Raise `ConfigError` if the checkpoint's layers share experts in another way than this run's."""
+    maps = [topology_from_args(each).bank_of_layer if ties(each) else None for each in (args, checkpoint_args)]
+    if maps[0] != maps[1]:
+        valid = f"must be that of the checkpoint, {_words(maps[1])}, or --load left out"
+        raise ConfigError(Problem("expert banks by layer", _words(maps[0]), valid))
+
+
+def _words(banks: Sequence[int | None] | None) -> str:
+    return "untied" if banks is None else ",".join("-" if bank is None else str(bank) for bank in banks)
+
+
+def _take_from_yaml(args: Namespace) -> None:
+    """`--yaml-cfg` replaces the flags by a file's keys, the language model's in a section of their own."""
+    section = getattr(args, "language_model", None)
+    if not isinstance(section, Namespace) and not hasattr(section, "__dict__"):
+        return
+    for name, value in vars(section).items():
+        if name.startswith("moe_tie_"):
+            setattr(args, name, value)
+    for name, key in (("num_experts", "num_moe_experts"), ("num_layers", "num_layers"), ("moe_layer_freq", None)):
+        if not hasattr(args, name) and hasattr(section, key or name):
+            setattr(args, name, getattr(section, key or name))
+
+
+def _refuse_idle_flags(args: Namespace) -> None:
+    """A flag that changes nothing is a mistake: the group size, or the experts, have been forgotten."""
+    default, asked = TieConfig(), tie_config(args)
+    if asked.group_size != 1 or asked.banks is not None:
+        raise ConfigError(Problem("--num-experts", None, "must be given for tied experts: the model has none"))
+    for name, default_value in vars(default).items():
+        if (value := getattr(asked, name)) != default_value:
+            valid = "has no effect without --moe-tie-group-size or --moe-tie-banks"
+            raise ConfigError(Problem(flag(f"moe_tie_{name}"), value, valid))
+
+
+def _refused(args: Namespace) -> Iterator[Problem]:
+    for name, reason in _REFUSED.items():
+        if value := getattr(args, name, None):
+            yield Problem(flag(name), value, f"cannot be used with tied experts: it {reason}")
+    if getattr(args, "cuda_graph_impl", "none") != "none":
+        valid = "must be none with tied experts: a graph would not see a follower's weights"
+        yield Problem("--cuda-graph-impl", args.cuda_graph_impl, valid)
+
+
+def _parallel(args: Namespace, name: str) -> Any:
+    """An argument that `--yaml-cfg` keeps in its section on model parallelism."""
+    return getattr(args, name, None) or getattr(getattr(args, "model_parallel", None), name, None)
+
+
+def _even_chunks(args: Namespace) -> int | None:
+    """How many model chunks an even pipeline has; None without a pipeline, or when its sizes do not fit."""
+    stages = _parallel(args, "pipeline_model_parallel_size") or 1
+    if stages == 1 or args.num_layers % stages:
+        return None
+    virtual = getattr(args, "num_virtual_stages_per_pipeline_rank", None) or 1
+    if size := getattr(args, "num_layers_per_virtual_pipeline_stage", None):
+        virtual, rest = divmod(args.num_layers // stages, size)
+        if rest:
+            return None
+    return stages * virtual
+
+
+def _align(args: Namespace, topology: TieTopology, chunks: int, even: Sequence[int]) -> None:
+    cut = aligned_cut(topology, chunks)
+    if cut is None:
+        raise ConfigError(_parted(args, topology, even))
+    args.pipeline_model_parallel_layout = layout_argument(cut, getattr(args, "mtp_num_layers", None) or 0)
+    args.num_virtual_stages_per_pipeline_rank = args.num_layers_per_virtual_pipeline_stage = None
+    if args.rank == 0:
+        print(
+            f"--moe-tie-pipeline align: the pipeline is cut between tie groups, {boundaries(cut)} "
+            f"(--pipeline-model-parallel-layout '{args.pipeline_model_parallel_layout}'); "
+            f"the largest part has {max(cut)} layers, of an even cut {max(even)}",
+            flush=True,
+        )
+
+
+def _resolved_cut(args: Namespace) -> tuple[int, ...] | None:
+    """The cut that Megatron-Core will build, in pipeline order; None without a pipeline."""
+    stages = _parallel(args, "pipeline_model_parallel_size") or 1
+    if stages == 1:
+        return None
+    from megatron_tied.megatron_lm.pipeline_cut import layers_of_chunks
+
+    return layers_of_chunks(args, stages)
+
+
+def _parted(args: Namespace, topology: TieTopology, cut: Sequence[int]) -> Problem:
+    parted = ", ".join(str(list(bank.layers)) for bank in straddling(topology, cut))
+    works = aligned_cut(topology, len(cut))
+    if works is None:
+        way = f"no cut into {len(cut)} leaves the groups whole; use fewer stages, or"
+    else:
+        argument = layout_argument(works, getattr(args, "mtp_num_layers", None) or 0)
+        way = f"--pipeline-model-parallel-layout '{argument}' works ({boundaries(works)}); or"
+    valid = f"parts the tie groups of layers {parted}: {way} --moe-tie-pipeline allreduce"
+    given = next((name for name in _LAYOUT if getattr(args, name, None)), "pipeline_model_parallel_size")
+    return Problem(flag(given), str(_parallel(args, given)), f"({boundaries(cut)}) {valid}")

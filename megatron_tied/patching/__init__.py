@@ -1,0 +1,1 @@
+"""Patches for the files of others: configs, and the source tree of Megatron-LM."""

@@ -1,0 +1,162 @@
+"""The flags, what they mean, and what is refused before any model is built."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_tied.errors import ConfigError
+from megatron_tied.megatron_lm import add_tie_arguments, topology_from_args
+from megatron_tied.megatron_lm.arguments import FLAGS, tie_config, ties
+from megatron_tied.megatron_lm.theoretical_memory import counting_banks_once
+from megatron_tied.megatron_lm.validation import check_and_align, check_resolved, check_same_banks
+from megatron_tied.topology import TieConfig
+from tests.megatron_lm.arguments import parse
+
+
+def test_every_field_of_the_tie_section_has_a_flag() -> None:
+    parsed = vars(add_tie_arguments(ArgumentParser()).parse_args([]))
+    assert set(FLAGS) == {field.name for field in fields(TieConfig)}
+    assert set(FLAGS.values()) == set(parsed)
+
+
+def test_flags_are_the_tie_config() -> None:
+    flags = (
+        "--moe-tie-group-size 2 --moe-tie-skip-first 1 --moe-tie-skip-last 3 --moe-tie-pattern cyclic "
+        "--moe-tie-block-size 2 --moe-tie-num-experts 16 --moe-tie-lr-divisor linear --moe-tie-pipeline allreduce"
+    )
+    assert tie_config(parse(*flags.split())) == TieConfig(
+        group_size=2,
+        skip_first=1,
+        skip_last=3,
+        pattern="cyclic",
+        block_size=2,
+        num_tied_experts=16,
+        lr_divisor="linear",
+        pipeline="allreduce",
+    )
+    assert tie_config(parse("--moe-tie-lr-divisor", "1.5")).lr_divisor == 1.5
+    assert tie_config(parse()) == TieConfig()
+
+
+def test_moe_layers_follow_the_frequency() -> None:
+    banks = topology_from_args(parse("--moe-tie-banks", "0,0,1", num_layers=5, moe_layer_freq=[0, 1, 1, 0, 1]))
+    assert banks.bank_of_layer == (None, 0, 0, None, 1)
+    every_second = topology_from_args(parse("--moe-tie-banks", "0,1,1", num_layers=6, moe_layer_freq=2))
+    assert every_second.bank_of_layer == (0, None, 1, None, 1, None)
+
+
+def test_a_yaml_file_may_leave_flags_out() -> None:
+    # --yaml-cfg replaces what the parser gives: only what the file says is there.
+    section = SimpleNamespace(moe_tie_group_size=2, num_moe_experts=8, num_layers=8)
+    args = Namespace(rank=0, language_model=section, model_parallel=SimpleNamespace(pipeline_model_parallel_size=1))
+    check_and_align(args)
+    assert topology_from_args(args).bank_of_layer == (0, 1, 2, 2, 3, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "megatron", "message"),
+    [
+        ("--moe-tie-group-size 9", {}, "--moe-tie-group-size = 9: must be at most 4: 4 MoE layers lie between"),
+        ("--moe-tie-group-size 0", {}, "--moe-tie-group-size = 0: must be an integer >= 1"),
+        ("--moe-tie-banks 0,1", {}, r"--moe-tie-banks = \[0, 1\]: must have one entry per MoE layer: 8, not 2"),
+        ("--moe-tie-group-size 2 --moe-tie-lr-divisor fast", {}, "--moe-tie-lr-divisor = 'fast': must be \"sqrt\""),
+        ("--moe-tie-skip-first 1", {}, "--moe-tie-skip-first = 1: has no effect without --moe-tie-group-size"),
+        ("--moe-tie-group-size 2", {"num_experts": None}, "--num-experts = None: must be given for tied experts"),
+        ("--moe-tie-group-size 2", {"use_torch_fsdp2": True}, "--use-torch-fsdp2 = True: cannot be used with tied"),
+        ("--moe-tie-group-size 2", {"delay_wgrad_compute": True}, "--delay-wgrad-compute = True: cannot be used"),
+        ("--moe-tie-group-size 2", {"cuda_graph_impl": "local"}, "--cuda-graph-impl = 'local': must be none"),
+    ],
+)
+def test_what_is_refused_names_the_flag(flags: str, megatron: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_and_align(parse(*flags.split(), **megatron))
+
+
+def test_untied_arguments_are_left_alone() -> None:
+    args = parse(pipeline_model_parallel_size=2, use_torch_fsdp2=True)
+    before = dict(vars(args))
+    check_and_align(args)
+    check_resolved(args)
+    assert vars(args) == before
+    assert not ties(args)
+
+
+class TestPipeline:
+    banks = ("--moe-tie-banks", "0,1,1,2,2,2,3,4")
+
+    def test_an_even_cut_between_groups_stays(self) -> None:
+        args = parse("--moe-tie-banks", "0,1,1,1,2,2,3,4", pipeline_model_parallel_size=2)
+        check_and_align(args)
+        check_resolved(args)
+        assert args.pipeline_model_parallel_layout is None
+
+    def test_an_even_cut_through_a_group_is_moved(self, capsys: pytest.CaptureFixture) -> None:
+        args = parse(*self.banks, pipeline_model_parallel_size=2)
+        check_and_align(args)
+        check_resolved(args)
+        assert args.pipeline_model_parallel_layout == "Et*3|t*5L"
+        assert "cut between tie groups, layers 0-2 | 3-7" in capsys.readouterr().out
+
+    def test_interleaved_chunks_are_moved_too(self) -> None:
+        args = parse(*self.banks, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
+        check_and_align(args)
+        assert args.pipeline_model_parallel_layout == "Et|t*2|t*3|t*2L"
+        assert args.num_layers_per_virtual_pipeline_stage is None
+        check_resolved(args)
+
+    def test_copies_need_no_alignment(self) -> None:
+        args = parse(*self.banks, "--moe-tie-pipeline", "allreduce", pipeline_model_parallel_size=2)
+        check_and_align(args)
+        check_resolved(args)
+        assert args.pipeline_model_parallel_layout is None
+
+    @pytest.mark.parametrize(
+        ("layout", "message"),
+        [
+            (
+                {"pipeline_model_parallel_layout": "Et*4|t*4L"},
+                r"--pipeline-model-parallel-layout = 'Et\*4\|t\*4L': \(layers 0-3 \| 4-7\) parts the tie groups of "
+                r"layers \[3, 4, 5\]: --pipeline-model-parallel-layout 'Et\*3\|t\*5L' works \(layers 0-2 \| 3-7\)",
+            ),
+            (
+                {"decoder_first_pipeline_num_layers": 2},
+                r"--decoder-first-pipeline-num-layers = '2': \(layers 0-1 \| 2-7\) parts the tie groups of ",
+            ),
+        ],
+    )
+    def test_a_mis_set_layout_is_refused_with_the_one_that_works(self, layout: dict, message: str) -> None:
+        args = parse(*self.banks, pipeline_model_parallel_size=2, **layout)
+        check_and_align(args)
+        with pytest.raises(ConfigError, match=message):
+            check_resolved(args)
+
+    def test_where_no_cut_works_the_message_says_so(self) -> None:
+        args = parse("--moe-tie-banks", "0,0,0,0,0,0,0,0", pipeline_model_parallel_size=2)
+        with pytest.raises(ConfigError, match="no cut into 2 leaves the groups whole; use fewer stages, or --moe-tie-"):
+            check_and_align(args)
+
+
+def test_a_checkpoint_of_other_banks_is_refused() -> None:
+    tied, same = parse("--moe-tie-group-size", "2"), parse("--moe-tie-banks", "0,1,2,2,3,3,4,5")
+    check_same_banks(tied, same)
+    untied = parse()
+    for args, saved in ((tied, untied), (untied, tied), (parse("--moe-tie-group-size", "4"), tied)):
+        with pytest.raises(ConfigError, match=r"expert banks by layer = .* must be that of the checkpoint"):
+            check_same_banks(args, saved)
+    # A checkpoint from before the flags were there.
+    with pytest.raises(ConfigError, match="that of the checkpoint, untied"):
+        check_same_banks(tied, Namespace(num_experts=8))
+
+
+@pytest.mark.parametrize(("flags", "mtp"), [("0,1,1,1,2,2,3,4", None), ("0,1,1,1,2,2,3,4", 1)])
+def test_the_memory_report_counts_a_bank_once(flags: str, mtp: int | None) -> None:
+    args = parse("--moe-tie-banks", flags, "--moe-tie-num-experts", "12", mtp_num_layers=mtp)
+    with counting_banks_once(args):
+        # What the report does: experts of a layer, times the MoE layers.
+        counted = args.num_experts * (8 + (mtp or 0))
+    assert counted == pytest.approx(8 * 3 + 12 * 2 + 8 * (mtp or 0))
+    assert args.num_experts == 8
