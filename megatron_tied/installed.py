@@ -1,4 +1,4 @@
-"""The fields of config classes in installed packages, read from their source.
+"""The fields of config classes and the constants of installed packages, read from their source.
 
 Importing megatron.core or deepspeed takes seconds and pulls in torch; a misspelt key should be known before.
 """
@@ -50,6 +50,21 @@ def annotated_type(annotation: str) -> Any | None:
         return eval(annotation, {"__builtins__": {}}, _TYPES)
     except (NameError, AttributeError):
         return None
+
+
+def constants(module: str, *names: str) -> dict[str, Any]:
+    """The literals that a module binds to `names`, read from its source.
+
+    Raises ModuleNotFoundError if it is not installed, and KeyError for a name without a literal.
+    """
+    bound = {
+        target.id: node.value
+        for node in ast.parse(_source_file(module).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    return {name: ast.literal_eval(bound[name]) for name in names}
 
 
 def _source_file(module: str) -> Path:

@@ -8,10 +8,10 @@ The functions that `hooks.HOOKS` names are wrapped in memory; a tree that carrie
 from __future__ import annotations
 
 import importlib
-import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 from megatron_tied.cli.report import report_once
 from megatron_tied.errors import ConfigError, Problem
@@ -36,11 +36,22 @@ def main(argv: list[str]) -> int:
     try:
         prepare_training()
         install()
-        sys.argv = list(argv)
-        runpy.run_path(str(script), run_name="__main__")
+        run(script, argv)
     except ConfigError as error:
         return report_once(error)
     return 0
+
+
+def run(script: Path, argv: list[str]) -> None:
+    """Run the script as the main module."""
+    main_module = ModuleType("__main__")
+    main_module.__file__ = str(script)
+    # The processes that write a checkpoint import the main module again, unless it is a package's: they need nothing
+    # of the script, and on a host without CUDA could not import it.
+    main_module.__spec__ = __spec__
+    sys.modules["__main__"] = main_module
+    sys.argv = list(argv)
+    exec(compile(script.read_bytes(), str(script), "exec"), vars(main_module))
 
 
 def install() -> None:

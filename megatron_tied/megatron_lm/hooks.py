@@ -56,7 +56,7 @@ HOOKS = (
     Hook(
         "megatron.training.theoretical_memory_usage", "compute_weight_and_optimizer_memory", "with_banks_counted_once"
     ),
-    Hook("megatron.training.checkpointing", "check_checkpoint_args", "with_topology_compared"),
+    Hook("megatron.training.checkpointing", "_load_base_checkpoint", "with_banks_compared"),
 )
 
 
@@ -180,11 +180,13 @@ def with_banks_counted_once(weight_memory: Callable, args: Namespace, *more: Any
 
 
 @_hook
-def with_topology_compared(check: Callable, checkpoint_args: Namespace, *args: Any, **kwargs: Any) -> Any:
-    """Refuses a checkpoint that was written with other banks: Megatron-LM compares a fixed list of arguments."""
-    from megatron.training import get_args
-
+def with_banks_compared(load_base: Callable, load_dir: str, args: Namespace, *more: Any, **kwargs: Any) -> tuple:
+    """Refuses a checkpoint of other banks, by the arguments that are saved in it: before any tensor is looked for."""
     from megatron_tied.megatron_lm.validation import check_same_banks
 
-    check_same_banks(get_args(), checkpoint_args)
-    return check(checkpoint_args, *args, **kwargs)
+    loaded = load_base(load_dir, args, *more, **kwargs)
+    state = loaded[0]
+    # With --use-checkpoint-args the model's shape is read from it first.
+    if state and "args" in state and getattr(args, "num_layers", None) is not None:
+        check_same_banks(args, state["args"])
+    return loaded

@@ -92,12 +92,13 @@ def _load_into_new_optimizers() -> None:
                 inner.state[weight] = {"step": torch.zeros(()), **empty}
         return original_state(self, *args, **kwargs)
 
+    @torch.no_grad()
     def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         own = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         # One tensor is given to all parameters, each of which would count up in it.
         own["step"] = own["step"].clone()
-        original_set(self, model_param, {"step": own["step"], **tensors})
+        original_set(self, model_param, {**tensors, "step": own["step"]})
 
     optimizer_class.sharded_state_dict = sharded_state_dict
     optimizer_class._set_main_param_and_optimizer_states = set_states

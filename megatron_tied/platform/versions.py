@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import metadata
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.installed import constants
 
 # torch: torch.nn.functional.grouped_mm. DeepSpeed: the engine subclass overrides methods of this minor line.
 SUPPORTED = {
@@ -22,7 +24,7 @@ def version_problems() -> list[Problem]:
     problems = []
     for package, supported in SUPPORTED.items():
         try:
-            installed = metadata.version(package)
+            installed = _installed_version(package)
         except metadata.PackageNotFoundError:
             problems.append(Problem(f"package {package}", None, f"must be installed, version {supported}"))
             continue
@@ -30,6 +32,14 @@ def version_problems() -> list[Problem]:
         if Version(installed).base_version not in supported:
             problems.append(Problem(f"package {package}", installed, f"supported versions are {supported}"))
     return problems
+
+
+def _installed_version(package: str) -> str:
+    if package == "megatron-core":
+        # The tree of a script comes before an installed wheel, and needs none.
+        with suppress(ModuleNotFoundError):
+            return ".".join(map(str, constants("megatron.core.package_info", "MAJOR", "MINOR", "PATCH").values()))
+    return metadata.version(package)
 
 
 def check_versions() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from tests.distributed.launch import launch
 from tests.distributed.matrix import Job, material
-from tests.megatron_lm.native_run import NativeCase
+from tests.megatron_lm.cases import NativeCase
 
 _BANKS = (0, 1, 2, 2, 2, 3, 3, 4)
 _EXPERTS = re.compile(r"decoder\.layers\.(\d+)\.mlp\.experts\.experts\.linear_fc[12]\.weight")
@@ -53,7 +53,7 @@ def test_a_checkpoint_holds_a_bank_once_and_goes_on_in_any_layout(
 ) -> None:
     job = {**material(Job("qwen3_moe", _BANKS, steps=4)), "saver": saver, "cases": cases}
     torch.save({**job, "directory": str(tmp_path / "checkpoint")}, tmp_path / "job")
-    launch("tests.megatron_lm.checkpoint_worker", world, str(tmp_path / "job"), str(tmp_path / "result"))
+    launch("tests.megatron_lm.ranks.checkpoint_worker", world, str(tmp_path / "job"), str(tmp_path / "result"))
     (uninterrupted, *resumed), tensors = torch.load(tmp_path / "result", weights_only=False)
 
     owners = {_BANKS.index(bank) for bank in _BANKS}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.matrix import LIMITS, Job, reference, run_traces, worst_errors
-from tests.megatron_lm.native_run import NativeCase
+from tests.megatron_lm.cases import NativeCase
 
-_WORKER = "tests.megatron_lm.native_worker"
+_WORKER = "tests.megatron_lm.ranks.native_worker"
 
 
 def _check(job: Job, world: int, cases: list[NativeCase]) -> None:

@@ -12,14 +12,18 @@ from megatron_tied.platform import versions
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **found: str) -> None:
-    """Pretend that these packages (dashes as underscores) are installed, and no others."""
+    """Pretend that these packages (dashes as underscores) are installed, and no others, nor a Megatron-LM tree."""
 
     def version(package: str) -> str:
         if package.replace("-", "_") not in found:
             raise metadata.PackageNotFoundError(package)
         return found[package.replace("-", "_")]
 
+    def no_tree(module: str, *names: str) -> None:
+        raise ModuleNotFoundError(module)
+
     monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(versions, "constants", no_tree)
 
 
 def test_this_environment_is_supported():
@@ -31,6 +35,15 @@ def test_this_environment_is_supported():
 def test_local_and_preview_builds_count_as_their_release(monkeypatch, torch):
     installed(monkeypatch, torch=torch, megatron_core="0.17.0rc0", deepspeed="0.19.8+abc")
     assert versions.version_problems() == []
+
+
+def test_a_script_tree_counts_before_an_installed_wheel(tmp_path, monkeypatch):
+    core = tmp_path / "megatron/core"
+    core.mkdir(parents=True)
+    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 99\nPATCH = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    [problem] = versions.version_problems()
+    assert (problem.field, problem.value) == ("package megatron-core", "0.99.3")
 
 
 def test_every_wrong_package_is_named_with_what_is_supported(monkeypatch):

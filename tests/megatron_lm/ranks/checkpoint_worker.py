@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 
-from tests.megatron_lm.native_run import NativeCase, NativeModel, initialize
+from tests.megatron_lm.cases import NativeCase
+from tests.megatron_lm.ranks.native_run import NativeModel, initialize
 
 
 def start(job: dict[str, Any], case: NativeCase) -> NativeModel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,26 +30,11 @@ from tests.distributed.training_run import (
     micro_batch,
     model_config,
 )
+from tests.megatron_lm.cases import NativeCase
 from tests.oracle.names import to_reference
 from tests.oracle.reference import ReferenceSpec, Weights
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class NativeCase:
-    """One cell: parallelism, what Megatron-Core overlaps and shards, and how the experts came to be tied."""
-
-    ep: int = 1
-    pp: int = 1
-    vp: int | None = None
-    accumulation: int = 1
-    distributed_optimizer: bool = False
-    overlap: bool = False
-    recompute: str = "none"
-    built: str = "tied spec"  # or "upstream spec": Megatron-Core's own layers, tied when they are built
-    pipeline: str = "align"
-    lr_divisor: str = "sqrt"
 
 
 class NativeModel:
