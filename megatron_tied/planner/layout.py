@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.config import ModelConfig, indivisible
+from megatron_tied.planner.pipeline import aligned_cut, straddling
 from megatron_tied.topology import TieTopology
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -142,6 +143,9 @@ class Layout:
         if self.pipeline_parallel > model.num_layers:
             valid = f"must be at most model.num_layers = {model.num_layers}"
             yield Problem("parallel.pipeline_model_parallel_size", self.pipeline_parallel, valid)
+        elif topology.tie.pipeline == "align" and aligned_cut(topology, self.pipeline_parallel) is None:
+            valid = f"no {self.pipeline_parallel} pipeline stages leave the tie groups whole: take fewer, or allreduce"
+            yield Problem("tie.pipeline", "align", valid)
         if self.pipeline_parallel > 1 and self.zero_stage > 1:
             valid = "must be 0 or 1 with pipeline parallelism: gradients are summed over its micro-batches"
             yield Problem("deepspeed.zero_optimization.stage", self.zero_stage, valid)
@@ -155,8 +159,13 @@ class Layout:
         if problems := list(self.problems(model, topology)):
             raise ConfigError(problems)
 
-    def stages(self, num_layers: int) -> list[range]:
-        """The layers of each pipeline stage: even, the first stages longer where they do not divide."""
-        base, rest = divmod(num_layers, self.pipeline_parallel)
-        sizes = [base + (stage < rest) for stage in range(self.pipeline_parallel)]
+    def stages(self, topology: TieTopology) -> list[range]:
+        """The layers of each pipeline stage: even, the first stages longer where they do not divide.
+
+        With `tie.pipeline: align`, cut between tie groups; it must be possible (`problems`).
+        """
+        base, rest = divmod(topology.num_layers, self.pipeline_parallel)
+        sizes = tuple(base + (stage < rest) for stage in range(self.pipeline_parallel))
+        if topology.tie.pipeline == "align" and straddling(topology, sizes):
+            sizes = aligned_cut(topology, self.pipeline_parallel) or sizes
         return [range(sum(sizes[:stage]), sum(sizes[: stage + 1])) for stage in range(self.pipeline_parallel)]

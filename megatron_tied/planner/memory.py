@@ -87,7 +87,7 @@ def memory_plan(
     Sources: DeepSpeed's `stage_1_and_2.py` and `stage3.py` for what they allocate, `activations` for the rest.
     """
     plans = []
-    for stage, layers in enumerate(layout.stages(model.num_layers)):
+    for stage, layers in enumerate(layout.stages(topology)):
         of_stage = states[stage] if states else model_states(model, topology, layout, layers, vocab_size)
         plans.append(_Stage(model, topology, layout, layers, vocab_size, kernels, of_stage).plan(stage, reserve))
     return max(plans, key=lambda plan: plan.total)

@@ -41,8 +41,7 @@ class Subject:
     def _states_of_stages(self, tie: TieConfig, layout: Layout) -> list[ModelStates]:
         topology = self.topology(tie)
         return [
-            model_states(self.model, topology, layout, layers, self.vocab_size)
-            for layers in layout.stages(self.model.num_layers)
+            model_states(self.model, topology, layout, layers, self.vocab_size) for layers in layout.stages(topology)
         ]
 
     def plan(self, tie: TieConfig, layout: Layout) -> Plan:
@@ -65,9 +64,7 @@ class Subject:
         )
         flops = self._flops(tie, layout.seq_length)
         busiest = busiest_stage(topology, layout)
-        flows = step_traffic(
-            self.model, topology, layout, layout.stages(self.model.num_layers)[busiest], states[busiest]
-        )
+        flows = step_traffic(self.model, topology, layout, layout.stages(topology)[busiest], states[busiest])
         time = step_time(self.model, topology, layout, hardware, flops, states[busiest], flows)
         return Plan(topology, layout, hardware, self.parameters(tie), memory, tuple(flows), flops, time)
 

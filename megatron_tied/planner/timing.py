@@ -96,7 +96,7 @@ def _compute(
     """Products at the reached rate, and experts no faster than their weights can be read."""
     tokens = layout.tokens * layout.accumulation
     # The slowest pipeline stage has this part of the layers.
-    share = model.num_layers / max(map(len, layout.stages(model.num_layers)))
+    share = model.num_layers / max(map(len, layout.stages(topology)))
     again = recomputed_share(flops, layout.recompute, model.num_layers)
     passes = 3 + again
     rate = hardware.tflops[layout.precision] * 1e12 * hardware.matmul_efficiency

@@ -135,7 +135,7 @@ def _pipeline(model: ModelConfig, topology: TieTopology, layout: Layout, states:
     stride = layout.world_size // layout.pipeline_parallel
     payload = layout.tokens * model.hidden_size * layout.width * layout.accumulation
     yield Flow("pipeline", "send", "pipeline", layout.pipeline_parallel, stride, payload)
-    stages = layout.stages(model.num_layers)
+    stages = layout.stages(topology)
     for bank, elements in states.banks.items():
         # Every stage that uses a bank has a copy; their gradients are summed as those of tied embeddings are.
         holders = sum(any(layer in stage for layer in topology.banks[bank].layers) for stage in stages)
@@ -144,6 +144,6 @@ def _pipeline(model: ModelConfig, topology: TieTopology, layout: Layout, states:
 
 def busiest_stage(topology: TieTopology, layout: Layout) -> int:
     """The pipeline stage with most MoE layers, by which the others wait."""
-    stages = layout.stages(topology.num_layers)
+    stages = layout.stages(topology)
     uses = [sum(topology.bank_of_layer[layer] is not None for layer in stage) for stage in stages]
     return max(range(len(stages)), key=lambda stage: (uses[stage], len(stages[stage])))

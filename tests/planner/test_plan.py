@@ -219,13 +219,15 @@ def test_what_leaves_a_node_by_the_order_of_ranks() -> None:
 
 def test_pipeline_stages_share_the_layers_and_copy_banks_that_cross() -> None:
     layout = {"world_size": 8, "pipeline_parallel": 4, "global_batch_size": 64}
-    plan = olmoe(TIED, **layout)
-    assert plan.layout.stages(16) == [range(0, 4), range(4, 8), range(8, 12), range(12, 16)]
+    plan = olmoe(replace(TIED, pipeline="allreduce"), **layout)
+    assert plan.layout.stages(plan.topology) == [range(0, 4), range(4, 8), range(8, 12), range(12, 16)]
     assert {flow.purpose for flow in plan.traffic} >= {"pipeline", "bank copies"}
     assert "pipeline bubble" in plan.time.seconds
-    # Groups that begin and end with a stage have one copy.
-    aligned = olmoe(TieConfig(group_size=4, skip_first=0, skip_last=0), **layout)
-    assert "bank copies" not in {flow.purpose for flow in aligned.traffic}
+    # Groups that begin and end with a stage have one copy; others move the cut.
+    for tie, ends in ((TieConfig(group_size=4, skip_first=0, skip_last=0), (4, 8, 12, 16)), (TIED, (2, 6, 10, 16))):
+        aligned = olmoe(tie, **layout)
+        assert tuple(stage.stop for stage in aligned.layout.stages(aligned.topology)) == ends
+        assert "bank copies" not in {flow.purpose for flow in aligned.traffic}
 
 
 @pytest.mark.parametrize(

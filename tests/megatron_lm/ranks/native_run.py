@@ -47,9 +47,12 @@ class NativeModel:
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         self.config = _config(spec, case)
         built = [self._build(stage) for stage in range(case.vp or 1)]
-        tie_experts(built, self.topology)
+        # As Megatron-Core draws them: otherwise on every stage.
+        torch.manual_seed(torch.distributed.get_rank())
         for chunk in built:
-            _load(chunk, spec, job["start"])
+            for weight in chunk.parameters():
+                torch.nn.init.normal_(weight)
+        tie_experts(built, self.topology)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=case.distributed_optimizer,
             overlap_grad_reduce=case.overlap,
@@ -61,6 +64,10 @@ class NativeModel:
             DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(built)
         ]
+        if case.pipeline == "allreduce":
+            self.weights()  # which compares the copies of a bank
+        for chunk in built:
+            _load(chunk, spec, job["start"])
         self._connect()
         settings = OptimizerConfig(
             optimizer="adam",
