@@ -23,9 +23,11 @@ def report(error: ConfigError, stream: TextIO) -> None:
 
 
 def report_once(error: ConfigError) -> int:
-    """Tells it on the run's first rank and returns the exit code; other ranks wait for that one to end."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        report(error, sys.stderr)
-    else:
+    """Tells it and returns the exit code, on ranks other than the first after a wait.
+
+    What the first rank finds, too, ends the job in that time; what one pipeline stage alone finds is told by it.
+    """
+    if int(os.environ.get("RANK", 0)) != 0:
         time.sleep(PATIENCE_SECONDS)
+    report(error, sys.stderr)
     return BAD_INPUT

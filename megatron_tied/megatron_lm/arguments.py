@@ -61,7 +61,7 @@ def add_tie_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 def ties(args: Namespace) -> bool:
     """Whether the arguments ask for tied experts."""
-    return bool(args.num_experts) and (
+    return bool(getattr(args, "num_experts", None)) and (
         getattr(args, "moe_tie_group_size", 1) != 1 or getattr(args, "moe_tie_banks", None) is not None
     )
 

@@ -34,7 +34,7 @@ _MODEL = "megatron.training.models.gpt"
 HOOKS = (
     Hook("megatron.training.arguments", "_add_moe_args", "with_tie_arguments"),
     Hook("megatron.training.arguments", "validate_args", "with_tie_checks"),
-    Hook("megatron.training.yaml_arguments", "validate_yaml", "with_tie_checks"),
+    Hook("megatron.training.yaml_arguments", "validate_yaml", "with_yaml_checks"),
     Hook("gpt_builders", "get_gpt_decoder_block_spec", "with_tied_layers", above="gpt_builder"),
     Hook(
         "gpt_builders",
@@ -99,6 +99,16 @@ def with_tie_checks(validate: Callable, args: Namespace, *more: Any, **kwargs: A
 
 
 @_hook
+def with_yaml_checks(validate: Callable, args: Namespace, *more: Any, **kwargs: Any) -> Any:
+    """Refuses what contradicts the topology of a `--yaml-cfg` file, whose sections Megatron-LM makes one namespace."""
+    from megatron_tied.megatron_lm.validation import check_resolved
+
+    validated = validate(args, *more, **kwargs)
+    check_resolved(validated)
+    return validated
+
+
+@_hook
 def with_tied_layers(block_spec: Callable, config: Any, *args: Any, **kwargs: Any) -> Any:
     """Puts `TiedMoELayer` in the layers of a decoder block's spec."""
     from megatron.training import get_args
@@ -126,7 +136,8 @@ def with_tied_chunks(get_model: Callable, provider: Callable, *args: Any, **kwar
 
     topology = topology_from_args(get_args())
     chunks: list = []
-    count = get_args().virtual_pipeline_model_parallel_size or 1
+    is_pipeline = get_args().pipeline_model_parallel_size > 1
+    count = (is_pipeline and get_args().virtual_pipeline_model_parallel_size) or 1
 
     def provide(*provider_args: Any, **provider_kwargs: Any) -> Any:
         chunks.append(provider(*provider_args, **provider_kwargs))
@@ -182,11 +193,13 @@ def with_banks_counted_once(weight_memory: Callable, args: Namespace, *more: Any
 @_hook
 def with_banks_compared(load_base: Callable, load_dir: str, args: Namespace, *more: Any, **kwargs: Any) -> tuple:
     """Refuses a checkpoint of other banks, by the arguments that are saved in it: before any tensor is looked for."""
+    import torch
+
     from megatron_tied.megatron_lm.validation import check_same_banks
 
     loaded = load_base(load_dir, args, *more, **kwargs)
     state = loaded[0]
-    # With --use-checkpoint-args the model's shape is read from it first.
-    if state and "args" in state and getattr(args, "num_layers", None) is not None:
+    # Before there are process groups, --use-checkpoint-args takes the model's shape from it, not yet the model.
+    if state and "args" in state and torch.distributed.is_initialized():
         check_same_banks(args, state["args"])
     return loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -44,10 +45,24 @@ def _tie_chunk(chunk: MegatronModule, topology: TieTopology) -> None:
             raise ConfigError(Problem("topology.bank_of_layer", f"None for layer {index}", valid))
         if not isinstance(layer, TiedMoELayer):
             TiedMoELayer.adopt(layer, banks, index)
+    uses = Counter(layer.bank.index for layer in tied_layers(chunk))
     for layer in tied_layers(chunk):
+        if uses[layer.bank.index] > 1:
+            _add_to_main_grad(layer.experts)
         leave_gradients_to_autograd(layer.experts)
         for weight in layer.experts.parameters():
             weight.bank_lr_divisor = topology.lr_divisor(layer.bank)
+
+
+def _add_to_main_grad(experts: torch.nn.Module) -> None:
+    """Let no use site take itself for the first of a step.
+
+    Transformer Engine's linear layers write their weight gradient over what is in `main_grad` in a module's first
+    micro-batch, and a bank has a module for every layer. Without the flag for it they always add.
+    """
+    for module in experts.modules():
+        if hasattr(module, "disable_parameter_transpose_cache"):
+            module.disable_parameter_transpose_cache = True
 
 
 def moe_layers(chunk: torch.nn.Module) -> Iterator[tuple[int, MoELayer]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.megatron_lm.arguments import flag, tie_config, ties, topology_from_args
@@ -26,6 +25,9 @@ _REFUSED = {
     "use_megatron_fsdp": "shards modules, each with weights of its own; use --use-distributed-optimizer",
     "init_model_with_meta_device": "makes new weights after the model is built, which parts the layers of a group",
     "moe_use_upcycling": "makes experts of a dense model, layer by layer; start from an untied model",
+    "use_mup": "sets learning rates by the width of a weight, which would contradict those of banks",
+    "perform_rl_step": "builds models of its own for inference, which share nothing",
+    "export_kd_teacher_load": "builds a teacher of its own, of which the topology says nothing",
     "delay_wgrad_compute": "keeps one weight gradient a module, and a bank has several",
     "overlap_moe_expert_parallel_comm": "runs layers in parts of its own, without the tied layer's",
 }
@@ -44,7 +46,6 @@ def check_and_align(args: Namespace) -> None:
 
     Raises `ConfigError` in the names of the flags.
     """
-    _take_from_yaml(args)
     if not ties(args):
         _refuse_idle_flags(args)
         return
@@ -60,38 +61,37 @@ def check_and_align(args: Namespace) -> None:
 
 
 def check_resolved(args: Namespace) -> None:
-    """After Megatron-LM's own checks: refuse a pipeline whose chunks part a tie group, with a layout that would do."""
+    """After Megatron-LM's own checks, which translate old flags: refuse what tying rules out.
+
+    A pipeline whose chunks part a tie group is refused with a layout that would do. Raises `ConfigError`.
+    """
     if not ties(args):
+        _refuse_idle_flags(args)
         return
     topology = topology_from_args(args)
+    problems = [*_refused(args), *_too_few_experts(args, topology)]
     cut = _resolved_cut(args)
-    if topology.tie.pipeline == "align" and cut is not None and straddling(topology, cut):
-        raise ConfigError(_parted(args, topology, cut))
+    if cut is not None and straddling(topology, cut):
+        problems += [_parted(args, topology, cut)] if topology.tie.pipeline == "align" else _refused_with_copies(args)
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_same_banks(args: Namespace, checkpoint_args: Namespace) -> None:
     """Raise `ConfigError` if the checkpoint's layers share experts in another way than this run's."""
-    maps = [topology_from_args(each).bank_of_layer if ties(each) else None for each in (args, checkpoint_args)]
-    if maps[0] != maps[1]:
-        valid = f"must be that of the checkpoint, {_words(maps[1])}, or --load left out"
-        raise ConfigError(Problem("expert banks by layer", _words(maps[0]), valid))
+    here, saved = (_words(each) for each in (args, checkpoint_args))
+    if here != saved:
+        valid = f"must be that of the checkpoint, {saved}, or --load left out"
+        raise ConfigError(Problem("expert banks by layer", here, valid))
 
 
-def _words(banks: Sequence[int | None] | None) -> str:
-    return "untied" if banks is None else ",".join("-" if bank is None else str(bank) for bank in banks)
-
-
-def _take_from_yaml(args: Namespace) -> None:
-    """`--yaml-cfg` replaces the flags by a file's keys, the language model's in a section of their own."""
-    section = getattr(args, "language_model", None)
-    if not isinstance(section, Namespace) and not hasattr(section, "__dict__"):
-        return
-    for name, value in vars(section).items():
-        if name.startswith("moe_tie_"):
-            setattr(args, name, value)
-    for name, key in (("num_experts", "num_moe_experts"), ("num_layers", "num_layers"), ("moe_layer_freq", None)):
-        if not hasattr(args, name) and hasattr(section, key or name):
-            setattr(args, name, getattr(section, key or name))
+def _words(args: Namespace) -> str:
+    if not ties(args):
+        return "untied"
+    topology = topology_from_args(args)
+    words = ",".join("-" if bank is None else str(bank) for bank in topology.bank_of_layer)
+    width = topology.tie.num_tied_experts
+    return f"{words} with {width} tied experts" if width else words
 
 
 def _refuse_idle_flags(args: Namespace) -> None:
@@ -114,14 +114,37 @@ def _refused(args: Namespace) -> Iterator[Problem]:
         yield Problem("--cuda-graph-impl", args.cuda_graph_impl, valid)
 
 
-def _parallel(args: Namespace, name: str) -> Any:
-    """An argument that `--yaml-cfg` keeps in its section on model parallelism."""
-    return getattr(args, name, None) or getattr(getattr(args, "model_parallel", None), name, None)
+def _too_few_experts(args: Namespace, topology: TieTopology) -> Iterator[Problem]:
+    """What Megatron-LM checks of --num-experts, of the experts of a wider or narrower tied bank."""
+    experts = topology.tie.num_tied_experts
+    if experts is None:
+        return
+    name = flag("moe_tie_num_experts")
+    for argument in ("expert_model_parallel_size", "moe_router_num_groups"):
+        if experts % (parts := getattr(args, argument, None) or 1):
+            yield Problem(name, experts, f"must be a multiple of {flag(argument)} = {parts}")
+    if experts < args.moe_router_topk:
+        yield Problem(name, experts, f"must be at least --moe-router-topk = {args.moe_router_topk}")
+    if getattr(args, "moe_router_enable_expert_bias", False):
+        valid = "cannot be given with --moe-router-enable-expert-bias: Megatron-Core updates routers of one width"
+        yield Problem(name, experts, valid)
+
+
+def _refused_with_copies(args: Namespace) -> Iterator[Problem]:
+    """What Megatron-Core does not do right for weights of which several stages hold a copy."""
+    where = "cannot be used where pipeline stages hold copies of a bank: set --moe-tie-pipeline align, or it"
+    for name, reason in (
+        ("log_params_norm", "asserts that no expert is shared"),
+        ("fp8_param_gather", "updates copies from values that were drawn on each stage"),
+        ("fp4_param_gather", "updates copies from values that were drawn on each stage"),
+    ):
+        if value := getattr(args, name, None):
+            yield Problem(flag(name), value, f"{where} {reason}")
 
 
 def _even_chunks(args: Namespace) -> int | None:
     """How many model chunks an even pipeline has; None without a pipeline, or when its sizes do not fit."""
-    stages = _parallel(args, "pipeline_model_parallel_size") or 1
+    stages = args.pipeline_model_parallel_size
     if stages == 1 or args.num_layers % stages:
         return None
     virtual = getattr(args, "num_virtual_stages_per_pipeline_rank", None) or 1
@@ -149,7 +172,7 @@ def _align(args: Namespace, topology: TieTopology, chunks: int, even: Sequence[i
 
 def _resolved_cut(args: Namespace) -> tuple[int, ...] | None:
     """The cut that Megatron-Core will build, in pipeline order; None without a pipeline."""
-    stages = _parallel(args, "pipeline_model_parallel_size") or 1
+    stages = args.pipeline_model_parallel_size
     if stages == 1:
         return None
     from megatron_tied.megatron_lm.pipeline_cut import layers_of_chunks
@@ -167,4 +190,4 @@ def _parted(args: Namespace, topology: TieTopology, cut: Sequence[int]) -> Probl
         way = f"--pipeline-model-parallel-layout '{argument}' works ({boundaries(works)}); or"
     valid = f"parts the tie groups of layers {parted}: {way} --moe-tie-pipeline allreduce"
     given = next((name for name in _LAYOUT if getattr(args, name, None)), "pipeline_model_parallel_size")
-    return Problem(flag(given), str(_parallel(args, given)), f"({boundaries(cut)}) {valid}")
+    return Problem(flag(given), str(getattr(args, given)), f"({boundaries(cut)}) {valid}")

@@ -26,5 +26,9 @@ def parse(*flags: str, **megatron: Any) -> Namespace:
         "account_for_embedding_in_pipeline_split": False,
         "account_for_loss_in_pipeline_split": False,
         "cuda_graph_impl": "none",
+        "expert_model_parallel_size": 1,
+        "moe_router_topk": 2,
+        "moe_router_num_groups": None,
+        "moe_router_enable_expert_bias": False,
     }
     return add_tie_arguments(ArgumentParser()).parse_args(flags, Namespace(**own | megatron))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_tied.errors import ConfigError
-from megatron_tied.megatron_lm import add_tie_arguments, topology_from_args
+from megatron_tied.megatron_lm import add_tie_arguments, hooks, topology_from_args
 from megatron_tied.megatron_lm.arguments import FLAGS, tie_config, ties
 from megatron_tied.megatron_lm.theoretical_memory import counting_banks_once
 from megatron_tied.megatron_lm.validation import check_and_align, check_resolved, check_same_banks
@@ -49,12 +49,25 @@ def test_moe_layers_follow_the_frequency() -> None:
     assert every_second.bank_of_layer == (0, None, 1, None, 1, None)
 
 
-def test_a_yaml_file_may_leave_flags_out() -> None:
-    # --yaml-cfg replaces what the parser gives: only what the file says is there.
-    section = SimpleNamespace(moe_tie_group_size=2, num_moe_experts=8, num_layers=8)
-    args = Namespace(rank=0, language_model=section, model_parallel=SimpleNamespace(pipeline_model_parallel_size=1))
-    check_and_align(args)
-    assert topology_from_args(args).bank_of_layer == (0, 1, 2, 2, 3, 3, 4, 5)
+def test_a_yaml_file_is_looked_at_when_it_is_one_namespace() -> None:
+    # As `validate_yaml` does, which a name at both levels would break.
+    def validate(args: Namespace, defaults: dict) -> SimpleNamespace:
+        flat = SimpleNamespace(**vars(args), **vars(args.language_model), **vars(args.model_parallel))
+        flat.num_experts = flat.num_moe_experts
+        return flat
+
+    parallel = SimpleNamespace(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=None)
+
+    def read(**keys) -> SimpleNamespace:
+        section = SimpleNamespace(num_moe_experts=8, num_layers=8, moe_layer_freq=1, **keys)
+        return hooks.with_yaml_checks(validate)(Namespace(rank=0, language_model=section, model_parallel=parallel), {})
+
+    assert not ties(read())
+    assert topology_from_args(read(moe_tie_group_size=2)).bank_of_layer == (0, 1, 2, 2, 3, 3, 4, 5)
+    with pytest.raises(ConfigError, match=r"--pipeline-model-parallel-size = '2': .* parts the tie groups of layers"):
+        read(moe_tie_group_size=4)
+    with pytest.raises(ConfigError, match="--moe-tie-skip-first = 1: has no effect"):
+        read(moe_tie_skip_first=1)
 
 
 @pytest.mark.parametrize(
@@ -69,11 +82,35 @@ def test_a_yaml_file_may_leave_flags_out() -> None:
         ("--moe-tie-group-size 2", {"use_torch_fsdp2": True}, "--use-torch-fsdp2 = True: cannot be used with tied"),
         ("--moe-tie-group-size 2", {"delay_wgrad_compute": True}, "--delay-wgrad-compute = True: cannot be used"),
         ("--moe-tie-group-size 2", {"cuda_graph_impl": "local"}, "--cuda-graph-impl = 'local': must be none"),
+        ("--moe-tie-group-size 2", {"use_mup": True}, "--use-mup = True: cannot be used with tied experts"),
     ],
 )
 def test_what_is_refused_names_the_flag(flags: str, megatron: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_and_align(parse(*flags.split(), **megatron))
+
+
+def test_what_megatron_translates_is_refused_afterwards() -> None:
+    args = parse("--moe-tie-group-size", "2", enable_cuda_graph=True)
+    check_and_align(args)
+    args.cuda_graph_impl = "local"  # as `validate_args` makes of it
+    with pytest.raises(ConfigError, match="--cuda-graph-impl = 'local': must be none"):
+        check_resolved(args)
+
+
+@pytest.mark.parametrize(
+    ("experts", "megatron", "message"),
+    [
+        ("6", {"expert_model_parallel_size": 4}, "= 6: must be a multiple of --expert-model-parallel-size = 4"),
+        ("6", {"moe_router_num_groups": 4}, "= 6: must be a multiple of --moe-router-num-groups = 4"),
+        ("1", {}, "= 1: must be at least --moe-router-topk = 2"),
+        ("16", {"moe_router_enable_expert_bias": True}, "= 16: cannot be given with --moe-router-enable-expert-bias"),
+    ],
+)
+def test_the_experts_of_a_bank_must_go_with_the_routers(experts: str, megatron: dict, message: str) -> None:
+    args = parse("--moe-tie-group-size", "2", "--moe-tie-num-experts", experts, **megatron)
+    with pytest.raises(ConfigError, match=f"--moe-tie-num-experts {message}"):
+        check_resolved(args)
 
 
 def test_untied_arguments_are_left_alone() -> None:
@@ -114,6 +151,16 @@ class TestPipeline:
         check_resolved(args)
         assert args.pipeline_model_parallel_layout is None
 
+    @pytest.mark.parametrize("name", ["log_params_norm", "fp8_param_gather"])
+    def test_what_copies_would_make_wrong_is_refused(self, name: str) -> None:
+        flags = ("--moe-tie-pipeline", "allreduce")
+        with_copies = parse(*self.banks, *flags, pipeline_model_parallel_size=2, **{name: True})
+        with pytest.raises(ConfigError, match="cannot be used where pipeline stages hold copies of a bank"):
+            check_resolved(with_copies)
+        check_resolved(
+            parse("--moe-tie-banks", "0,1,1,1,2,2,3,4", *flags, pipeline_model_parallel_size=2, **{name: True})
+        )
+
     @pytest.mark.parametrize(
         ("layout", "message"),
         [
@@ -147,6 +194,9 @@ def test_a_checkpoint_of_other_banks_is_refused() -> None:
     for args, saved in ((tied, untied), (untied, tied), (parse("--moe-tie-group-size", "4"), tied)):
         with pytest.raises(ConfigError, match=r"expert banks by layer = .* must be that of the checkpoint"):
             check_same_banks(args, saved)
+    wider = parse("--moe-tie-group-size", "2", "--moe-tie-num-experts", "16")
+    with pytest.raises(ConfigError, match="must be that of the checkpoint, 0,1,2,2,3,3,4,5 with 16 tied experts"):
+        check_same_banks(tied, wider)
     # A checkpoint from before the flags were there.
     with pytest.raises(ConfigError, match="that of the checkpoint, untied"):
         check_same_banks(tied, Namespace(num_experts=8))

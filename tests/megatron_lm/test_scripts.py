@@ -1,6 +1,7 @@
 """Megatron-LM's own `pretrain_gpt.py`, unchanged, through the launcher; and the patched one.
 
-They need trees of Megatron-LM: `MEGATRON_LM_TREES` names a folder that holds one as `core_v0.16.1`.
+They need trees of Megatron-LM: `MEGATRON_LM_TREES` names a folder that holds them as `core_v0.16.1` and so on. From
+0.17 on, Megatron-LM needs Python 3.12.
 """
 
 from __future__ import annotations
@@ -44,19 +45,25 @@ _MODEL = shlex.split(
 _STEP = re.compile(r"iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+) ")
 
 
-def _copy_of_tree(destination: Path) -> Path:
-    tree = Path(shutil.copytree(Path(_TREES, "core_v0.16.1"), destination))
-    # The compiled dataset helpers, which a tree gets by running make.
-    import megatron.core.datasets.helpers_cpp as helpers
-
-    shutil.copy(helpers.__file__, tree / "megatron/core/datasets")
+def _copy_of_tree(tag: str, destination: Path) -> Path:
+    if not Path(_TREES, tag).is_dir():
+        pytest.skip(f"{tag} is not among the trees")
+    if tag > "core_v0.17" and sys.version_info < (3, 12):
+        pytest.skip(f"{tag} needs Python 3.12")
+    tree = Path(shutil.copytree(Path(_TREES, tag), destination))
+    # The compiled dataset helpers: those of the wheel, or what a tree gets by running make.
+    helpers = find_spec("megatron.core.datasets.helpers_cpp") if tag == "core_v0.16.1" else None
+    if helpers is not None:
+        shutil.copy(helpers.origin, tree / "megatron/core/datasets")
+    elif subprocess.run(["make", "-C", tree / "megatron/core/datasets"], check=False).returncode:
+        pytest.skip("the dataset helpers of the tree need make, a C++ compiler and pybind11")
     return tree
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["core_v0.16.1", "core_v0.17.1", "core_v0.18.2", "core_v0.19.0"])
+def tree(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pristine tree."""
-    return _copy_of_tree(tmp_path_factory.mktemp("pristine") / "tree")
+    return _copy_of_tree(request.param, tmp_path_factory.mktemp("pristine") / request.param)
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +137,10 @@ def test_an_unmodified_script_trains_tied_and_untied(tree: Path, data: list[str]
     assert (memory[0] - memory[1]) * 2**20 == pytest.approx(2 * 4 * (64 * 64 + 64 * 32) * (6 + 12 / 2), rel=0.05)
 
 
-def test_a_patched_tree_trains_the_same_bit_for_bit(data: list[str], tied: tuple[Run, Path], tmp_path: Path) -> None:
-    patched = _copy_of_tree(tmp_path / "tree")
+def test_a_patched_tree_trains_the_same_bit_for_bit(
+    tree: Path, data: list[str], tied: tuple[Run, Path], tmp_path: Path
+) -> None:
+    patched = Path(shutil.copytree(tree, tmp_path / "tree"))
     apply(patched)
     # Without the launcher's hooks: only what lets Megatron-LM run on a host without CUDA.
     driver = tmp_path / "driver.py"

@@ -120,6 +120,24 @@ def test_every_use_site_hands_its_gradient_on():
             assert not layer.experts._forward_hooks
 
 
+def test_no_use_site_writes_over_what_others_have_added():
+    """Transformer Engine's rule: a module's first micro-batch overwrites `main_grad`, unless its flag is off."""
+
+    class Linear(torch.nn.Module):
+        def __init__(self, disable_parameter_transpose_cache: bool = False):
+            super().__init__()
+            self.disable_parameter_transpose_cache = disable_parameter_transpose_cache
+
+    model = untied_model()
+    added = []
+    for layer in model.decoder.layers:
+        added.append(Linear())
+        layer.mlp.experts.add_module("te", added[-1])
+    tie_experts([model], topology())
+    # A bank of one layer keeps what speeds it up.
+    assert [module.disable_parameter_transpose_cache for module in added] == [False, True, True, True, True, True]
+
+
 def test_learning_rates_of_banks_and_what_tells_their_groups_apart():
     model = untied_model()
     tie_experts([model], topology())
