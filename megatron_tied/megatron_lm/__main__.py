@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,9 @@ _USAGE = "usage: torchrun ... -m megatron_tied.megatron_lm SCRIPT.py [its argume
 
 def main(argv: list[str]) -> int:
     """Run the script `argv[0]` with the arguments that follow; 2 for bad input, which is told on stderr."""
+    # torch.distributed.launch says it to the module that it starts, which here is not yet the script.
+    to_script = list(takewhile(lambda argument: argument.startswith(("--local-rank", "--local_rank")), argv))
+    argv = [*argv[len(to_script) :], *to_script]
     if not argv or not argv[0].endswith(".py"):
         print(_USAGE, file=sys.stderr)
         return 2

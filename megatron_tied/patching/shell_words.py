@@ -12,15 +12,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.patching.edits import line_number
+from megatron_tied.patching.edits import line_around, line_number
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=")
 _DECLARING = frozenset({"export", "local", "declare", "readonly", "typeset"})
 _OPENING = frozenset({"if", "while", "until", "for", "case", "select", "{"})
 _CLOSING = frozenset({"fi", "done", "esac", "}"})
 _BETWEEN = frozenset({"then", "else", "elif", "do", "!", "time"})
+# A document that goes to the terminal, and to no file or program.
+_SHOWS = re.compile(r"\s*cat\b(?![^\n]*(?:>\s*[^\s&]|\|))")
 _SPACE = " \t\r\n"
 _ENDS_A_COMMAND = ";&|\n"
+# What ends a word, beside blanks.
+_IN_COMMANDS, _IN_ARGUMENTS = ";&|<>()", ""
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,8 @@ class _Scanner:
         self.text, self.at, self.depth = text, at, depth
         self.groups: list[Group] = []
         self.assignments: list[Assignment] = []
-        self.brackets = 0
-        self.documents: list[str] = []
+        self.brackets = self.cases = 0
+        self.documents: list[tuple[str, bool]] = []
 
     def open(self, kind: Literal["command", "array", "string", "arguments"]) -> Group:
         group = Group(kind, self.at, self.depth)
@@ -148,7 +152,7 @@ class _Scanner:
             elif self.text[self.at] == closing:
                 break
             else:
-                group.words.append(self._word(closing=closing))
+                group.words.append(self._word(closing or _IN_ARGUMENTS))
         else:
             if closing is not None:
                 raise self._unclosed("(", group.start)
@@ -162,9 +166,9 @@ class _Scanner:
         if group.words:
             group.start, group.end = group.words[0].start, group.words[-1].end
 
-    @staticmethod
-    def _are_arguments(group: Group) -> bool:
-        return bool(group.words) and group.words[0].text.startswith("--")
+    def _are_arguments(self, group: Group) -> bool:
+        """Whether this is a line of arguments, where brackets are letters; a pattern of `case` may look like one."""
+        return bool(group.words) and group.words[0].text.startswith("--") and not self.cases
 
     def _blank(self, newlines: bool = False) -> bool:
         for blank in (" ", "\t", "\r", "\\\n", "\\\r\n", *(["\n"] if newlines else [])):
@@ -172,6 +176,9 @@ class _Scanner:
                 self.at += len(blank)
                 return True
         return False
+
+    def _continuation(self) -> bool:
+        return self.text.startswith(("\\\n", "\\\r\n"), self.at)
 
     def _comment(self, end: int) -> None:
         found = self.text.find("\n", self.at)
@@ -183,12 +190,15 @@ class _Scanner:
         if match:
             self._assignment(match)
             return
-        word = self._word()
+        word = self._word(_IN_ARGUMENTS if self._are_arguments(group) else _IN_COMMANDS)
+        if word.text.isdecimal() and self.text[self.at : self.at + 1] in ("<", ">"):
+            return  # the number of what is redirected
         if group.words or word.text not in _OPENING | _CLOSING | _BETWEEN:
             group.words.append(word)
             self._function(group)
             return
-        self.depth += (word.text in _OPENING) - (word.text in _CLOSING)
+        self.depth = max(0, self.depth + (word.text in _OPENING) - (word.text in _CLOSING))
+        self.cases = max(0, self.cases + (word.text == "case") - (word.text == "esac"))
         if word.text in ("for", "case", "select"):
             group.words.append(word)
 
@@ -205,29 +215,18 @@ class _Scanner:
             group = self.open("array")
             self.list_of_words(group, len(self.text), closing=")")
             self.at += 1
-        elif self.at < len(self.text) and self.text[self.at] not in _SPACE + ";&|)":
-            self._word(is_value=True)
-        appends, conditional = match.group(2) == "+", self.depth > 0
-        self.assignments.append(
-            Assignment(match.group(1), self.text[value : self.at], start, appends, conditional)
-        )
+        elif self.at < len(self.text) and self.text[self.at] not in _SPACE + _IN_COMMANDS:
+            self._word(_IN_COMMANDS, is_value=True)
+        value_text, conditional = self.text[value : self.at], self.depth > 0
+        self.assignments.append(Assignment(match.group(1), value_text, start, match.group(2) == "+", conditional))
 
-    def _word(self, is_value: bool = False, closing: str | None = None) -> Word:
+    def _word(self, ends: str, is_value: bool = False) -> Word:
         start, count = self.at, len(self.groups)
-        ends = _SPACE if closing is None and not self.brackets else _SPACE + ")"
-        # In a list, and after a flag, these are characters like any other.
-        ends += "" if closing is not None else ";&|<>)"
-        while self.at < len(self.text):
-            char = self.text[self.at]
-            if char in ends or (char in "()" and closing is None and self._breaks_at_bracket(start)):
-                break
-            self._part(char, is_value)
-        if self.at == start:
-            self.at += 1
+        while self.at < len(self.text) and self.text[self.at] not in _SPACE + ends and not self._continuation():
+            self._part(self.text[self.at], is_value)
+        # Nothing may be left standing where the walk would stop for ever.
+        self.at = max(self.at, start + 1)
         return Word(self.text[start : self.at], start, self.at, len(self.groups) > count)
-
-    def _breaks_at_bracket(self, start: int) -> bool:
-        return self.text[start] not in "([" and self.at > start
 
     def _part(self, char: str, is_value: bool) -> None:
         """One character of a word, or all that a quote or a substitution encloses."""
@@ -291,11 +290,17 @@ class _Scanner:
     def _redirection(self) -> None:
         document = re.compile(r"<<-?\s*([\"'\\]?)(\w+)").match(self.text, self.at)
         if document and not self.text.startswith("<<<", self.at):
-            self.documents.append(document.group(2))
+            line = line_around(self.text, self.at)
+            shown = _SHOWS.match(self.text[line.start : line.end])
+            self.documents.append((document.group(2), shown is not None))
             self.at = document.end() + len(document.group(1))
             return
-        while self.at < len(self.text) and self.text[self.at] in "<>&":
+        while self.at < len(self.text) and self.text[self.at] in "<>&|":
             self.at += 1
+        while self._blank():
+            pass
+        if self.at < len(self.text) and self.text[self.at] not in "(\n":
+            self._word(_IN_COMMANDS)
 
     def _bracket(self) -> None:
         if self.text.startswith("((", self.at) and (end := self.text.find("))", self.at)) >= 0:
@@ -305,8 +310,8 @@ class _Scanner:
         self.at += 1
 
     def _here_documents(self, end: int) -> None:
-        """The bodies that begin here: scripts of their own, or prose."""
-        for name in self.documents:
+        """The bodies that begin here: scripts of their own, or prose, which is left out."""
+        for name, shown in self.documents:
             closing = re.compile(rf"^[ \t]*{re.escape(name)}[ \t\r]*$", re.MULTILINE).search(self.text, self.at)
             stop = min(end, closing.start() if closing else end)
             inner = _Scanner(self.text, self.at, self.depth + 1)
@@ -314,15 +319,15 @@ class _Scanner:
                 inner.commands(stop)
             except ConfigError:
                 inner.groups.clear()
-            if inner.at <= stop:
+            if inner.at <= stop and not shown:
                 self.groups += inner.groups
                 self.assignments += inner.assignments
             self.at = min(end, closing.end() if closing else end)
         self.documents.clear()
 
     def _unclosed(self, opening: str, start: int) -> ConfigError:
-        valid = f"opened in line {line_number(self.text, start)}, is never closed: must be a shell script"
-        return ConfigError(Problem("FILE", opening, valid))
+        valid = "is opened here and never closed: must be a shell script, or a file of arguments"
+        return ConfigError(Problem(f"line {line_number(self.text, start)}", opening, valid))
 
 
 def split_quoted(text: str, start: int, end: int) -> list[Word]:

@@ -52,6 +52,9 @@ def install_shims() -> None:
     _OnHost().__enter__()
     cuda = torch.cuda
     cuda.device_count = lambda: 1
+    # Both would count the device just made up.
+    cuda.is_available = lambda: False
+    torch.accelerator.is_available = lambda: False
     # A function each: torch's compiler keeps a table of them, in which none may stand twice.
     for name in ("set_device", "synchronize", "empty_cache", "set_rng_state"):
         setattr(cuda, name, lambda *args, **kwargs: None)

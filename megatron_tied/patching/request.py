@@ -1,0 +1,99 @@
+"""What a patch is to write: the tie options that the user gave, in the words of flags and of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.topology import TieConfig
+
+GROUP_SIZE = 4  # where the user gives none
+
+# TieConfig's fields by their key in Megatron-LM's namespace; `megatron_lm.arguments` has the same names.
+KEYS = {
+    "group_size": "moe_tie_group_size",
+    "skip_first": "moe_tie_skip_first",
+    "skip_last": "moe_tie_skip_last",
+    "pattern": "moe_tie_pattern",
+    "block_size": "moe_tie_block_size",
+    "banks": "moe_tie_banks",
+    "num_tied_experts": "moe_tie_num_experts",
+    "lr_divisor": "moe_tie_lr_divisor",
+    "pipeline": "moe_tie_pipeline",
+}
+
+
+def flag(key: str) -> str:
+    """The flag of a key of Megatron-LM's namespace."""
+    return f"--{key.replace('_', '-')}"
+
+
+TIE_FLAGS = tuple(flag(key) for key in KEYS.values())
+
+
+@dataclass(frozen=True)
+class TieRequest:
+    """The tie groups asked for, and which of TieConfig's fields a file is to state."""
+
+    tie: TieConfig
+    stated: Sequence[str]
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> TieRequest:
+        """From the fields that the user gave. Raises ConfigError if they are wrong in themselves, or tie nothing."""
+        chosen = dict(given)
+        if chosen.get("banks") is None:
+            chosen.setdefault("group_size", GROUP_SIZE)
+        tie = TieConfig(**chosen)
+        if problems := tie.problems():
+            raise ConfigError(problems)
+        if tie.group_size == 1 and tie.banks is None:
+            raise ConfigError(Problem("tie.group_size", 1, "must be at least 2: 1 ties nothing"))
+        return cls(tie, [field.name for field in fields(TieConfig) if field.name in chosen])
+
+    def flags(self) -> dict[str, str]:
+        """The flags to write and their values, as words of a command."""
+        return {flag(KEYS[name]): _word(getattr(self.tie, name)) for name in self.stated}
+
+    def keys(self) -> dict[str, str]:
+        """The keys to write and their values, as YAML."""
+        return {KEYS[name]: _scalar(getattr(self.tie, name)) for name in self.stated}
+
+    def missing_from(self, found: Mapping[str, str | None]) -> dict[str, str]:
+        """The flags that a file lacks which has `found` already; None: a value that cannot be known.
+
+        Raises ConfigError for each that contradicts what is asked for.
+        """
+        wanted = self.flags()
+        defaults = {flag(KEYS[name]): _word(value) for name, value in vars(TieConfig()).items()}
+        if contradictions := [
+            Problem(name, found.get(name, f"{defaults[name]} (default)"), _contradiction(value))
+            for name, value in wanted.items()
+            if found and not _same(value, found.get(name, defaults[name]))
+        ]:
+            raise ConfigError(contradictions)
+        return {} if found else wanted
+
+
+def _contradiction(value: str) -> str:
+    return f"is what this file ties by already, but {value} is asked for: change it there, or ask for the same"
+
+
+def _same(wanted: str, found: str | None) -> bool:
+    return found is not None and _compared(wanted) == _compared(found)
+
+
+def _compared(text: str) -> list[str]:
+    """The parts of a value; numbers alike however they are written."""
+    parts = text.replace(",", " ").split()
+    return [f"{float(part)}" if part.replace(".", "", 1).isdecimal() else part for part in parts]
+
+
+def _word(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _scalar(value: object) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
