@@ -9,6 +9,7 @@ from rich.console import Console
 
 from megatron_tied.cli.console import console
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.megatron_lm.arguments import divisor, integers
 from megatron_tied.patching.config_patch import ConfigPatch, patch_text
 from megatron_tied.patching.diff import diff
 from megatron_tied.patching.request import GROUP_SIZE, TieRequest
@@ -51,9 +52,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tie-skip-last", type=int, metavar="N", help="untied last MoE layers (2)")
     group.add_argument("--tie-pattern", choices=("consecutive", "cyclic"))
     group.add_argument("--tie-block-size", type=int, metavar="N", help="of cyclic (1)")
-    group.add_argument("--tie-banks", type=_integers, metavar="0,1,1,2", help="the bank of each MoE layer")
+    group.add_argument("--tie-banks", type=integers, metavar="0,1,1,2", help="the bank of each MoE layer")
     group.add_argument("--tie-num-experts", type=int, metavar="N", help="experts of a tied bank")
-    group.add_argument("--tie-lr-divisor", type=_divisor, metavar="sqrt|linear|none|X")
+    group.add_argument("--tie-lr-divisor", type=divisor, metavar="sqrt|linear|none|X")
     group.add_argument("--tie-pipeline", choices=("align", "allreduce"))
 
 
@@ -106,17 +107,3 @@ def _unchanged(patch: ConfigPatch, file: Path) -> str:
 def _check_output(file: Path, output: Path | None) -> None:
     if output is not None and output.exists() and not (file.exists() and output.samefile(file)):
         raise ConfigError(Problem("--output", str(output), "must not exist: another file would be lost"))
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.replace(",", " ").split())
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} must be integers such as 0,1,1,2") from None
-
-
-def _divisor(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text

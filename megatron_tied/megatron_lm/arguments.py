@@ -8,9 +8,9 @@ from dataclasses import fields
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.topology import TieConfig, TieTopology
 
-# TieConfig's fields by their flag, and the attribute that Megatron-LM's namespace and its YAML files know it by.
-FLAGS = {field.name: f"moe_tie_{field.name.removeprefix('num_tied_')}" for field in fields(TieConfig)}
-FLAGS["num_tied_experts"] = "moe_tie_num_experts"
+# What Megatron-LM's namespace and its YAML files call each of TieConfig's fields; `flag` makes the flag of it.
+NAMES = {field.name: f"moe_tie_{field.name}" for field in fields(TieConfig)}
+NAMES["num_tied_experts"] = "moe_tie_num_experts"
 
 
 def add_tie_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -35,7 +35,7 @@ def add_tie_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--moe-tie-block-size", type=int, default=default.block_size, metavar="N", help="of cyclic (1)")
     group.add_argument(
         "--moe-tie-banks",
-        type=_integers,
+        type=integers,
         metavar="0,1,1,2",
         help="the bank of each MoE layer, in place of the five flags above",
     )
@@ -44,7 +44,7 @@ def add_tie_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--moe-tie-lr-divisor",
-        type=_divisor,
+        type=divisor,
         default=default.lr_divisor,
         metavar="sqrt|linear|none|X",
         help="what a tied bank's learning rate is divided by: the root of its number of layers (default), ...",
@@ -69,7 +69,7 @@ def ties(args: Namespace) -> bool:
 def tie_config(args: Namespace) -> TieConfig:
     """The TieConfig of Megatron-LM's arguments; what a `--yaml-cfg` file leaves out has its default."""
     default = TieConfig()
-    return TieConfig(**{field: getattr(args, name, getattr(default, field)) for field, name in FLAGS.items()})
+    return TieConfig(**{field: getattr(args, name, getattr(default, field)) for field, name in NAMES.items()})
 
 
 def topology_from_args(args: Namespace) -> TieTopology:
@@ -94,21 +94,23 @@ def flag(attribute: str) -> str:
 
 
 def _in_flags(problem: Problem) -> Problem:
-    names = {f"tie.{field}": flag(name) for field, name in FLAGS.items()} | {"model.num_layers": "--num-layers"}
+    names = {f"tie.{field}": flag(name) for field, name in NAMES.items()} | {"model.num_layers": "--num-layers"}
     valid = problem.valid
     for name in sorted(names, key=len, reverse=True):
         valid = valid.replace(name, names[name])
     return Problem(names.get(problem.field, problem.field), problem.value, valid)
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def integers(text: str) -> tuple[int, ...]:
+    """A list on the command line, such as `0,1,1,2`. Raises ArgumentTypeError for anything else."""
     try:
         return tuple(int(part) for part in text.replace(",", " ").split())
     except ValueError:
         raise ArgumentTypeError(f"{text!r} must be integers such as 0,1,1,2") from None
 
 
-def _divisor(text: str) -> str | float:
+def divisor(text: str) -> str | float:
+    """A learning rate divisor on the command line: a number, or the name of a rule."""
     try:
         return float(text)
     except ValueError:

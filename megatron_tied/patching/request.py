@@ -7,30 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.megatron_lm.arguments import NAMES, flag
 from megatron_tied.topology import TieConfig
 
 GROUP_SIZE = 4  # where the user gives none
 
-# TieConfig's fields by their key in Megatron-LM's namespace; `megatron_lm.arguments` has the same names.
-KEYS = {
-    "group_size": "moe_tie_group_size",
-    "skip_first": "moe_tie_skip_first",
-    "skip_last": "moe_tie_skip_last",
-    "pattern": "moe_tie_pattern",
-    "block_size": "moe_tie_block_size",
-    "banks": "moe_tie_banks",
-    "num_tied_experts": "moe_tie_num_experts",
-    "lr_divisor": "moe_tie_lr_divisor",
-    "pipeline": "moe_tie_pipeline",
-}
-
-
-def flag(key: str) -> str:
-    """The flag of a key of Megatron-LM's namespace."""
-    return f"--{key.replace('_', '-')}"
-
-
-TIE_FLAGS = tuple(flag(key) for key in KEYS.values())
+TIE_FLAGS = tuple(map(flag, NAMES.values()))
 
 
 @dataclass(frozen=True)
@@ -55,11 +37,11 @@ class TieRequest:
 
     def flags(self) -> dict[str, str]:
         """The flags to write and their values, as words of a command."""
-        return {flag(KEYS[name]): _word(getattr(self.tie, name)) for name in self.stated}
+        return {flag(NAMES[name]): _word(getattr(self.tie, name)) for name in self.stated}
 
     def keys(self) -> dict[str, str]:
         """The keys to write and their values, as YAML."""
-        return {KEYS[name]: _scalar(getattr(self.tie, name)) for name in self.stated}
+        return {NAMES[name]: _scalar(getattr(self.tie, name)) for name in self.stated}
 
     def missing_from(self, found: Mapping[str, str | None]) -> dict[str, str]:
         """The flags that a file lacks which has `found` already; None: a value that cannot be known.
@@ -67,7 +49,7 @@ class TieRequest:
         Raises ConfigError for each that contradicts what is asked for.
         """
         wanted = self.flags()
-        defaults = {flag(KEYS[name]): _word(value) for name, value in vars(TieConfig()).items()}
+        defaults = {flag(NAMES[name]): _word(value) for name, value in vars(TieConfig()).items()}
         if contradictions := [
             Problem(name, found.get(name, f"{defaults[name]} (default)"), _contradiction(value))
             for name, value in wanted.items()

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_tied.errors import ConfigError
 from megatron_tied.megatron_lm import add_tie_arguments, hooks, topology_from_args
-from megatron_tied.megatron_lm.arguments import FLAGS, tie_config, ties
+from megatron_tied.megatron_lm.arguments import NAMES, tie_config, ties
 from megatron_tied.megatron_lm.theoretical_memory import counting_banks_once
 from megatron_tied.megatron_lm.validation import check_and_align, check_resolved, check_same_banks
 from megatron_tied.topology import TieConfig
@@ -19,8 +19,8 @@ from tests.megatron_lm.arguments import parse
 
 def test_every_field_of_the_tie_section_has_a_flag() -> None:
     parsed = vars(add_tie_arguments(ArgumentParser()).parse_args([]))
-    assert set(FLAGS) == {field.name for field in fields(TieConfig)}
-    assert set(FLAGS.values()) == set(parsed)
+    assert set(NAMES) == {field.name for field in fields(TieConfig)}
+    assert set(NAMES.values()) == set(parsed)
 
 
 def test_flags_are_the_tie_config() -> None:

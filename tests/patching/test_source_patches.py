@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tied.megatron_lm import hooks
-from megatron_tied.megatron_lm.arguments import FLAGS
+from megatron_tied.megatron_lm.arguments import NAMES, flag
 from megatron_tied.patching import source_tree
 from megatron_tied.patching.source_patch import SourcePatch, stated_version, stored_patches
 from megatron_tied.patching.source_record import RECORD
@@ -234,4 +234,4 @@ def test_the_arguments_of_a_real_tree_list_the_flags(tag: str, tmp_path: Path) -
     if done.returncode == 3:
         pytest.skip(f"{tag} cannot be imported here: {done.stdout.strip()}")
     assert done.returncode == 0, done.stderr
-    assert [name for name in FLAGS.values() if f"--{name.replace('_', '-')} " not in done.stdout] == []
+    assert [name for name in NAMES.values() if f"{flag(name)} " not in done.stdout] == []
