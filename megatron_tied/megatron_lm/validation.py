@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.megatron_lm.arguments import flag, tie_config, ties, topology_from_args
+from megatron_tied.megatron_lm.arguments import NAMES, flag, tie_config, ties, topology_from_args
 from megatron_tied.planner.pipeline import (
     aligned_cut,
     boundaries,
@@ -102,7 +102,7 @@ def _refuse_idle_flags(args: Namespace) -> None:
     for name, default_value in vars(default).items():
         if (value := getattr(asked, name)) != default_value:
             valid = "has no effect without --moe-tie-group-size or --moe-tie-banks"
-            raise ConfigError(Problem(flag(f"moe_tie_{name}"), value, valid))
+            raise ConfigError(Problem(flag(NAMES[name]), value, valid))
 
 
 def _refused(args: Namespace) -> Iterator[Problem]:

@@ -78,6 +78,7 @@ def test_a_yaml_file_is_looked_at_when_it_is_one_namespace() -> None:
         ("--moe-tie-banks 0,1", {}, r"--moe-tie-banks = \[0, 1\]: must have one entry per MoE layer: 8, not 2"),
         ("--moe-tie-group-size 2 --moe-tie-lr-divisor fast", {}, "--moe-tie-lr-divisor = 'fast': must be \"sqrt\""),
         ("--moe-tie-skip-first 1", {}, "--moe-tie-skip-first = 1: has no effect without --moe-tie-group-size"),
+        ("--moe-tie-num-experts 16", {}, "--moe-tie-num-experts = 16: has no effect without"),
         ("--moe-tie-group-size 2", {"num_experts": None}, "--num-experts = None: must be given for tied experts"),
         ("--moe-tie-group-size 2", {"use_torch_fsdp2": True}, "--use-torch-fsdp2 = True: cannot be used with tied"),
         ("--moe-tie-group-size 2", {"delay_wgrad_compute": True}, "--delay-wgrad-compute = True: cannot be used"),
