@@ -42,6 +42,11 @@ def expert_matrices(experts: torch.nn.Module) -> Iterator[dict[str, torch.Tensor
     raise TypeError(f"no expert backend is known for {type(experts).__name__}")
 
 
+def has_known_matrices(experts: torch.nn.Module) -> bool:
+    """Whether `expert_matrices` knows this kind of expert module."""
+    return expert_matrices.dispatch(type(experts)) is not expert_matrices.dispatch(object)
+
+
 def _split(fc1: torch.Tensor, fc2: torch.Tensor, gated: bool) -> dict[str, torch.Tensor]:
     if not gated:
         return {"up": fc1, "down": fc2}

@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.layers.backends import has_known_matrices
 from megatron_tied.layers.banks import ExpertBanks, describe, is_tied, tie
 from megatron_tied.layers.initialization import initialize_experts
 from megatron_tied.topology import Bank
@@ -41,7 +42,8 @@ class TiedMoELayer(MoELayer):
         layer_config.num_moe_experts = banks.topology.num_experts(layer_index, config.num_moe_experts)
         super().__init__(layer_config, submodules, layer_number, pg_collection, **kwargs)
         self._join(banks, layer_index)
-        if self.is_owner and config.perform_initialization:
+        # Experts of another kind, such as Megatron-Core's legacy grouped ones, have filled themselves.
+        if self.is_owner and config.perform_initialization and has_known_matrices(self.experts):
             self.initialize_experts(torch.initial_seed())
 
     @classmethod

@@ -15,6 +15,7 @@ from megatron_tied.layers.banks import gradient_sites
 from megatron_tied.layers.moe_layer import tied_layers
 from megatron_tied.megatron_lm import bank_learning_rates, sum_bank_copies, tie_experts
 from megatron_tied.models.gpt import transformer_config
+from megatron_tied.models.spec import tie_layer_specs
 from tests.tiny_model import FIELDS, build, gradients, inputs, loss, model_config
 
 BANKS = [0, 1, 1, 1, 2, 2]
@@ -157,6 +158,26 @@ def test_learning_rates_of_banks_and_what_tells_their_groups_apart():
         expected = {"max_lr": 6.0 / size**0.5, "min_lr": 3.0 / size**0.5, "lr_mult": size**-0.5}
         assert by_layer[layer] == pytest.approx(expected)
     assert all(".experts." in name for name, weight in model.named_parameters() if weight in rates)
+
+
+def test_experts_of_another_kind_keep_what_they_have_filled_themselves_with():
+    """Megatron-Core's legacy grouped experts, which a spec may still name, are such a kind."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self, num_local_experts: int, config, pg_collection=None):
+            super().__init__()
+            self.weight1 = torch.nn.Parameter(torch.full((num_local_experts,), 7.0))
+
+    config = transformer_config(model_config())
+    config.perform_initialization = True
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    block = get_gpt_decoder_block_spec(config, False, normalization="RMSNorm")
+    block = tie_layer_specs(block, config, topology(), experts=Experts)
+    model = GPTModel(config, block, FIELDS["vocab_size"], 0, position_embedding_type="rope")
+    experts = [layer.experts for layer in tied_layers(model)]
+    assert all(torch.equal(each.weight1, torch.full((8,), 7.0)) for each in experts)
+    assert experts[1].weight1 is experts[3].weight1
+    assert experts[0].weight1 is not experts[1].weight1
 
 
 @pytest.mark.parametrize(
