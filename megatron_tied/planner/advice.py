@@ -65,6 +65,8 @@ def _neighbours(tie: TieConfig, layout: Layout) -> Iterator[tuple[str, TieConfig
         for group_size in (2, 4, 8):
             if group_size > tie.group_size:
                 yield f"tie.group_size={group_size}", replace(tie, group_size=group_size), layout
+    if layout.pipeline_parallel > 1 and tie.pipeline == "align":
+        yield "tie.pipeline=allreduce", replace(tie, pipeline="allreduce"), layout
     if layout.reduce_bucket_size > 50_000_000:
         smaller = replace(layout, reduce_bucket_size=50_000_000)
         yield "deepspeed.zero_optimization.reduce_bucket_size=50000000", tie, smaller

@@ -293,6 +293,13 @@ def test_advice_makes_it_fit_or_faster() -> None:
     assert all(change.plan.time.total < fitting.time.total for change in changes(planned, TIED, fitting))
 
 
+def test_advice_evens_out_stages_that_were_cut_between_tie_groups() -> None:
+    uneven = olmoe(TIED, world_size=8, pipeline_parallel=4, global_batch_size=64)
+    evened = next(change for change in changes(subject("olmoe_1b_7b"), TIED, uneven) if "tie.pipeline" in change.text)
+    assert evened.text == "tie.pipeline=allreduce"
+    assert [len(stage) for stage in evened.plan.layout.stages(evened.plan.topology)] == [4, 4, 4, 4]
+
+
 def test_a_plan_is_json() -> None:
     plan = olmoe(expert_parallel=4)
     told = json.loads(json.dumps(plan.to_json()))
