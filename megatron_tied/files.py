@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -15,11 +16,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Make `text` the content of the file `path` in one step; a reader sees the old content or the new."""
+def write_whole(path: Path, text: str, like: Path | None = None) -> None:
+    """Make `text` the content of the file `path` in one step; a reader sees the old content or the new.
+
+    Line endings stay as they are in `text`. like: a file whose mode it gets.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", newline="")
+        if like is not None:
+            shutil.copymode(like, partial)
         sync(partial)
         os.replace(partial, path)
     finally:

@@ -16,20 +16,22 @@ from megatron_tied.planner.pipeline import (
 )
 from megatron_tied.topology import TieConfig, TieTopology
 
-# Arguments that cannot be with tied experts, and why.
-_REFUSED = {
-    "hybrid_layer_pattern": "builds another kind of model than the GPT that is tied here",
-    "hybrid_override_pattern": "builds another kind of model than the GPT that is tied here",
-    "is_hybrid_model": "builds another kind of model than the GPT that is tied here",
-    "use_torch_fsdp2": "shards modules, each with weights of its own; use --use-distributed-optimizer",
-    "use_megatron_fsdp": "shards modules, each with weights of its own; use --use-distributed-optimizer",
-    "init_model_with_meta_device": "makes new weights after the model is built, which parts the layers of a group",
-    "moe_use_upcycling": "makes experts of a dense model, layer by layer; start from an untied model",
-    "use_mup": "sets learning rates by the width of a weight, which would contradict those of banks",
-    "perform_rl_step": "builds models of its own for inference, which share nothing",
-    "export_kd_teacher_load": "builds a teacher of its own, of which the topology says nothing",
-    "delay_wgrad_compute": "keeps one weight gradient a module, and a bank has several",
-    "overlap_moe_expert_parallel_comm": "runs layers in parts of its own, without the tied layer's",
+_ONE_WEIGHT_A_MODULE = "shards each module's own weights; use --use-distributed-optimizer"
+_OTHER_MODEL = "builds another kind of model than the GPT that is tied here"
+# Arguments that cannot be with tied experts, why, and what to do; `megatron-tied patch` warns of them, too.
+REFUSED = {
+    "hybrid_layer_pattern": _OTHER_MODEL,
+    "hybrid_override_pattern": _OTHER_MODEL,
+    "is_hybrid_model": _OTHER_MODEL,
+    "use_torch_fsdp2": _ONE_WEIGHT_A_MODULE,
+    "use_megatron_fsdp": _ONE_WEIGHT_A_MODULE,
+    "init_model_with_meta_device": "makes new weights after the layers are tied; take it out",
+    "moe_use_upcycling": "makes experts of a dense model layer by layer; upcycle untied, then tie the checkpoint",
+    "use_mup": "sets learning rates by the width of a weight, against those of banks; take it out",
+    "perform_rl_step": "builds models of its own for inference, which share no experts; take it out",
+    "export_kd_teacher_load": "builds a teacher of its own, whose layers are not tied; take it out",
+    "delay_wgrad_compute": "keeps one weight gradient a module, and a bank has several; take it out",
+    "overlap_moe_expert_parallel_comm": "runs layers in parts of its own, without the tied layer's; take it out",
 }
 # Flags with which the user has laid out the pipeline.
 _LAYOUT = (
@@ -106,7 +108,7 @@ def _refuse_idle_flags(args: Namespace) -> None:
 
 
 def _refused(args: Namespace) -> Iterator[Problem]:
-    for name, reason in _REFUSED.items():
+    for name, reason in REFUSED.items():
         if value := getattr(args, name, None):
             yield Problem(flag(name), value, f"cannot be used with tied experts: it {reason}")
     if getattr(args, "cuda_graph_impl", "none") != "none":

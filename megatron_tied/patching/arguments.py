@@ -44,10 +44,6 @@ class Arguments:
         text = self.text(name)
         return int(text) if text is not None and text.removeprefix("-").isdecimal() else None
 
-    def starting_with(self, prefix: str) -> dict[str, str | None]:
-        """The flags with such names, and their value if it is known."""
-        return {name: self.text(name) for name in self._found if name.startswith(prefix)}
-
 
 def arguments_from_keys(*sections: Mapping[str, Any]) -> Arguments:
     """The flags that TransformerConfig's names stand for, as `--yaml-cfg` files and Megatron-Bridge have them."""

@@ -5,28 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_tied.errors import Problem
+from megatron_tied.megatron_lm.arguments import flag
+from megatron_tied.megatron_lm.validation import REFUSED
 from megatron_tied.patching.arguments import Arguments
 from megatron_tied.patching.pipeline import laid_out_by, parted_groups
 from megatron_tied.topology import TieTopology
 
-_ONE_WEIGHT_A_MODULE = "shards each module's own weights; use --use-distributed-optimizer"
 # Layers by a pattern of their own, where tie groups are counted over `--moe-layer-freq`.
 HYBRID = ("--hybrid-layer-pattern", "--hybrid-override-pattern", "--is-hybrid-model")
-_OTHER_MODEL = "builds another kind of model than the GPT that is tied"
-# Arguments that a run with tied experts refuses, or cannot work with, and what to do.
+_GRAPH = "captures a layer without its bank's weights; take it out"
+# What a run refuses, and the flags that Megatron-LM itself translates into `--cuda-graph-impl`.
 _REFUSED = {
-    "--use-torch-fsdp2": _ONE_WEIGHT_A_MODULE,
-    "--use-megatron-fsdp": _ONE_WEIGHT_A_MODULE,
-    "--init-model-with-meta-device": "makes new weights after the layers are tied; take it out",
-    "--moe-use-upcycling": "makes experts of a dense model layer by layer; upcycle untied, then tie the checkpoint",
-    "--use-mup": "sets learning rates by the width of a weight, against those of banks; take it out",
-    "--perform-rl-step": "builds models of its own for inference, which share no experts; take it out",
-    "--export-kd-teacher-load": "builds a teacher of its own, whose layers are not tied; take it out",
-    "--delay-wgrad-compute": "keeps one weight gradient a module, and a bank has several; take it out",
-    "--overlap-moe-expert-parallel-comm": "runs layers in parts of its own, without the tied layer's; take it out",
-    "--external-cuda-graph": "captures a layer without its bank's weights; take it out",
-    "--enable-cuda-graph": "captures a layer without its bank's weights; take it out",
-    **dict.fromkeys(HYBRID, _OTHER_MODEL),
+    **{flag(name): reason for name, reason in REFUSED.items()},
+    "--external-cuda-graph": _GRAPH,
+    "--enable-cuda-graph": _GRAPH,
 }
 _ZERO = ("--zero-stage", "--deepspeed", "--deepspeed-config")
 _FP8 = ("--fp8-format", "--fp8")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from contextlib import suppress
 from pathlib import Path
 
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.files import sync
+from megatron_tied.files import write_whole
 
 
 def read_text(path: Path) -> str:
@@ -23,17 +20,8 @@ def read_text(path: Path) -> str:
 
 def replace_text(path: Path, text: str, like: Path) -> None:
     """Make `text` the content of `path` in one step, with the mode of the file `like`. Raises ConfigError."""
-    # A link stays one: what it names is replaced.
-    path = path.resolve()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(text.encode("utf-8"))
-        shutil.copymode(like, partial)
-        sync(partial)
-        os.replace(partial, path)
+        # A link stays one: what it names is replaced.
+        write_whole(path.resolve(), text, like)
     except OSError as error:
         raise ConfigError(Problem("FILE", str(path), f"must be a place to write to: {error.strerror}")) from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-    sync(path.parent)

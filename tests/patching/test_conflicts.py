@@ -19,7 +19,7 @@ def warned(text: str, topology: TieTopology | None = TOPOLOGY) -> list[str]:
     return [str(problem) for problem in conflicts(read(f"--num-layers 12 {text}"), topology)]
 
 
-@pytest.mark.parametrize("name", validation._REFUSED)
+@pytest.mark.parametrize("name", validation.REFUSED)
 def test_what_a_run_refuses_is_warned_about(name: str) -> None:
     flag = f"--{name.replace('_', '-')}"
     (told,) = warned(f"{flag} X")
