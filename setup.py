@@ -14,6 +14,7 @@ setup(
     package_dir={"megatron_tied.patches": "patches"},
     package_data={
         "megatron_tied.patches": ["*.diff", "trees.json"],
+        "megatron_tied.report": ["*.j2"],
         "megatron_tied.planner": ["hardware.yaml"],
     },
     # The ranges of the first three are checked again at run time: megatron_tied/platform/versions.py.
@@ -21,6 +22,8 @@ setup(
         "torch>=2.10",
         "megatron-core>=0.16.1,<0.20",
         "deepspeed>=0.19.8,<0.20",
+        "jinja2>=3",
+        "matplotlib>=3.8",
         "numpy",
         "omegaconf>=2.3",
         "packaging",
@@ -35,10 +38,10 @@ setup(
         "zstandard>=0.22",
     ],
     extras_require={
-        "test": ["hypothesis", "pytest>=8", "ruff==0.17.*", "transformers>=5"],
+        "test": ["hypothesis", "pytest>=8", "ruff==0.17.*", "selenium>=4", "transformers>=5"],
         "hf": ["transformers>=5"],
         "gpu": ["transformer-engine[pytorch]"],
-        "plots": ["matplotlib>=3.8"],
+        "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["megatron-tied = megatron_tied.cli.main:main"]},
 )

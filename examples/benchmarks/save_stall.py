@@ -15,36 +15,23 @@ import time
 from pathlib import Path
 
 import torch
+from random_batches import random_batches
 
 from megatron_tied.checkpoint.directory import CheckpointDirectory
 from megatron_tied.checkpoint.manifest import Manifest
 from megatron_tied.checkpoint.saver import Saver
 from megatron_tied.engine.groups import initialize_model_parallel
+from megatron_tied.monitor.dead_experts import LastUse
 from megatron_tied.platform import device
-from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import load_config
-from megatron_tied.training.evaluation import Batch, LossFunction
+from megatron_tied.training.evaluation import LossFunction
 from megatron_tied.training.loop import train_step
+from megatron_tied.training.monitoring import Monitoring
 from megatron_tied.training.run import build_engine
 from megatron_tied.training.startup import join_processes
 from megatron_tied.training.state import RunState
 
 SAVES, STEPS_BETWEEN = 5, 4
-
-
-def random_batches(config: RunConfig) -> list[Batch]:
-    """Enough micro-batches for one step."""
-    shape = config.train.micro_batch_size, config.train.seq_length
-    count = config.gradient_accumulation_steps(torch.distributed.get_world_size())
-    return [
-        {
-            "tokens": torch.randint(config.model.vocab_size, shape),
-            "labels": torch.randint(config.model.vocab_size, shape),
-            "position_ids": torch.arange(shape[1]).expand(shape),
-            "loss_mask": torch.ones(shape),
-        }
-        for _ in range(count)
-    ]
 
 
 def main(path: str, *overrides: str) -> None:
@@ -53,7 +40,8 @@ def main(path: str, *overrides: str) -> None:
     join_processes()
     initialize_model_parallel(config.parallel.expert_model_parallel_size, config.parallel.tensor_model_parallel_size)
     engine, layout, figures = build_engine(config)
-    state, loss_function = RunState(config, engine, layout), LossFunction(config.train.seq_length, device())
+    monitoring = Monitoring(config, engine, last_use := LastUse())
+    state, loss_function = RunState(config, engine, layout, last_use), LossFunction(config.train.seq_length, device())
     group = torch.distributed.new_group(backend="gloo")
     place = [tempfile.mkdtemp() if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(place, src=0)
@@ -64,7 +52,7 @@ def main(path: str, *overrides: str) -> None:
         saver = Saver(directory, group, in_background=in_background, keep_last=1, keep_every=0)
         for _ in range(SAVES + 1):
             for _ in range(STEPS_BETWEEN):
-                train_step(engine, loss_function, iter(random_batches(config)))
+                train_step(engine, loss_function, iter(random_batches(config)), monitoring)
             step += STEPS_BETWEEN
             torch.distributed.barrier()
             began = time.perf_counter()

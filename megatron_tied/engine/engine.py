@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,8 +25,11 @@ class TiedMoEEngine(DeepSpeedEngine):
     """A `DeepSpeedEngine` for models with tied, expert parallel experts, at ZeRO stages 0 to 3.
 
     Made by `megatron_tied.initialize`; used like any DeepSpeed engine: `loss = engine(...)`,
-    `engine.backward(loss)`, `engine.step()`.
+    `engine.backward(loss)`, `engine.step()`. What `time_reduction` returns is entered around the reduction of gradients
+    that is left when backward has ended.
     """
+
+    time_reduction: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def _configure_distributed_model(self, model: torch.nn.Module) -> None:
         super()._configure_distributed_model(model)
@@ -80,6 +85,11 @@ class TiedMoEEngine(DeepSpeedEngine):
                 raise RuntimeError(f"{bank}: only {sites.arrived} of {sites.use_sites} layers had a gradient")
         self._router_state.after_backward()
         return loss
+
+    def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """As upstream, which calls it at the end of `backward`."""
+        with self.time_reduction():
+            super().allreduce_gradients(*args, **kwargs)
 
     def _set_aux_loss_scale(self, scale_wrt_gas: bool) -> None:
         # Megatron's schedules do this; without it aux and z-loss come out too large by the accumulation steps.

@@ -37,6 +37,37 @@ def fragments(engine: TiedMoEEngine) -> list[Fragment]:
     ]
 
 
+def weights(engine: TiedMoEEngine, parameters: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The elements of each of these parameters that this rank's optimizer updates, 1-D views, float32."""
+    wanted = set(parameters)
+    return {
+        name: holder.detach().view(-1).narrow(0, offset, numel)
+        for name, _, numel, holder, offset in _runs(engine)
+        if name in wanted
+    }
+
+
+def gradients(engine: TiedMoEEngine, parameters: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The reduced gradients of what `weights` returns, 1-D; between the last backward pass and the step.
+
+    With fp16 they carry the loss scale.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    model = dict(engine.module.named_parameters())
+    found = {}
+    for name, part in weights(engine, parameters).items():
+        parameter = model[name]
+        if stage == 0:
+            gradient = parameter.grad
+        elif stage < 3:
+            gradient = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+        else:
+            gradient = optimizer.get_local_fp32_grad_for_param(parameter)
+        # Stage 3 pads the last rank's part.
+        found[name] = gradient.reshape(-1)[: part.numel()]
+    return found
+
+
 def optimizer_scalars(engine: TiedMoEEngine) -> dict[str, float]:
     """The optimizer states that are numbers, such as Adam's step count: the same for all parameters."""
     found: dict[str, float] = {}

@@ -51,10 +51,14 @@ class UseSites:
 
 
 class SharedGradient(UseSites):
-    """The gradient of one weight, summed over its use sites here rather than by autograd."""
+    """The gradient of one weight, summed over its use sites here rather than by autograd.
+
+    `on_add(arrived, gradient)` is called, if set, with each use site's part and how many came before it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.on_add: Callable[[int, torch.Tensor], None] | None = None
         self._sum: torch.Tensor | None = None
 
     def add(self, gradient: torch.Tensor) -> torch.Tensor | None:
@@ -62,6 +66,8 @@ class SharedGradient(UseSites):
 
         `gradient` has the weight's shape and dtype and belongs to this object from now on.
         """
+        if self.on_add is not None:
+            self.on_add(self.arrived, gradient)
         total = self._sum = gradient if self._sum is None else self._sum.add_(gradient)
         if not self.arrive():
             return None

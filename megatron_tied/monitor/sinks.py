@@ -1,103 +1,112 @@
-"""Where metrics go: one JSON object a line, and TensorBoard."""
+"""Where metrics go: one JSON object a line here, TensorBoard and Weights & Biases in modules of their own."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from megatron_tied.files import write_whole
+from megatron_tied.files import sync
 
 Metrics = Mapping[str, float]
+
+# expert_load and bank_load: by layer or bank, each expert's tokens in multiples of the mean; agreement: by tied bank,
+# the overlap between its layers, row by row.
+Tables = Mapping[str, Mapping[str, Sequence[Any]]]
+
+METRICS = "metrics.jsonl"
 
 # TensorBoard groups charts by what stands before the slash.
 _GROUPS = {
     "loss": "train",
     "lm_loss": "train",
+    "perplexity": "train",
     "lr": "train",
     "grad_norm": "train",
+    "loss_scale": "train",
     "aux_loss": "moe",
     "z_loss": "moe",
     "validation_loss": "validation",
-    "validation_perplexity": "validation",
     "tokens": "progress",
     "tokens_per_second": "progress",
+    "planned_tokens_per_second": "progress",
     "step_seconds": "progress",
+    "eta_seconds": "progress",
     "memory_gb": "system",
+    "memory_allocated_gb": "system",
+    "memory_reserved_gb": "system",
+    "memory_fullest_gb": "system",
     "states_gb": "system",
     "planned_memory_gb": "system",
     "planned_states_gb": "system",
-    "planned_tokens_per_second": "progress",
+    "parameters_unique": "model",
+    "parameters_untied": "model",
 }
 
 
-METRICS = "metrics.jsonl"
-
-
 class Sink(Protocol):
-    """Takes the metrics of one step."""
+    """Takes what is known of one step."""
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Keep `metrics` under `step`."""
+
+    def write_tables(self, step: int, tables: Tables) -> None:
+        """Keep `tables` under `step`."""
 
     def close(self) -> None:
         """Write out what is buffered."""
 
 
 class JsonLinesSink:
-    """`metrics.jsonl`: `step` and the metrics, one object a line, each flushed as it comes."""
+    """`metrics.jsonl`: `step` and the metrics or tables, one object a line, each flushed as it comes."""
 
     def __init__(self, path: Path):
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Append one line; JSON has no infinity or NaN, which become null."""
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        self._append({"step": step, **{name: _finite(value) for name, value in metrics.items()}})
+
+    def write_tables(self, step: int, tables: Tables) -> None:
+        """Append one line with every table under its name; what is not finite becomes null."""
+        self._append({"step": step, **{name: _plain(table) for name, table in tables.items()}})
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
+    def _append(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
 
-def forget_metrics_after(step: int, path: Path) -> dict[str, Any]:
+
+def forget_metrics_after(step: int, path: Path) -> dict[str, float | None]:
     """Remove from metrics.jsonl what a run has logged that is gone on with after `step`; returns the last values left.
 
-    A line that a killed run has written in part is removed too.
+    Tables are removed alike, but not returned. A line that a killed run has written in part is removed too.
     """
-    kept: list[dict[str, Any]] = []
+    last: dict[str, float | None] = {}
     if not path.is_file():
-        return {}
-    for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
-            kept.append(json.loads(line))
-    kept = [metrics for metrics in kept if metrics["step"] <= step]
-    write_whole(path, "".join(json.dumps(metrics) + "\n" for metrics in kept))
-    return {name: value for metrics in kept for name, value in metrics.items() if name != "step"}
-
-
-class TensorBoardSink:
-    """Scalars under `train/`, `moe/`, `lr/`, `validation/`, `progress/` and `system/`, new after step `done`."""
-
-    def __init__(self, directory: Path, done: int = 0):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(directory), flush_secs=30, purge_step=done + 1)
-
-    def write(self, step: int, metrics: Metrics) -> None:
-        """Add one point to each metric's chart."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(tensorboard_tag(name), value, step)
-
-    def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
+        return last
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        # Line by line: with tables for every layer, the file of a long run does not fit in memory.
+        with path.open("rb") as old, partial.open("wb") as new:
+            for line, values in _until(step, old):
+                new.write(line.rstrip(b"\r\n") + b"\n")
+                last |= {name: value for name, value in values.items() if not isinstance(value, (dict, list))}
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(path.parent)
+    last.pop("step", None)
+    return last
 
 
 class Sinks:
@@ -108,12 +117,11 @@ class Sinks:
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Hand `metrics` to every sink."""
-        for sink in self._sinks:
-            try:
-                sink.write(step, metrics)
-            except OSError as error:
-                # A full disk must not end a run that may still be saved elsewhere, or when there is space again.
-                logging.getLogger(__name__).warning("metrics of step %d were not written: %s", step, error)
+        self._each(f"metrics of step {step}", lambda sink: sink.write(step, metrics))
+
+    def write_tables(self, step: int, tables: Tables) -> None:
+        """Hand `tables` to every sink."""
+        self._each(f"tables of step {step}", lambda sink: sink.write_tables(step, tables))
 
     def __enter__(self) -> Self:
         return self
@@ -121,8 +129,15 @@ class Sinks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._each("the last metrics", lambda sink: sink.close())
+
+    def _each(self, what: str, hand_on: Callable[[Sink], None]) -> None:
         for sink in self._sinks:
-            sink.close()
+            try:
+                hand_on(sink)
+            except OSError as error:
+                # A full disk must not end a run that may still be saved elsewhere, or when there is space again.
+                logging.getLogger(__name__).warning("%s: not written: %s", what, error)
 
 
 def tensorboard_tag(name: str) -> str:
@@ -130,3 +145,26 @@ def tensorboard_tag(name: str) -> str:
     if "/" in name:
         return name
     return f"{_GROUPS.get(name, 'other')}/{name}"
+
+
+def _until(step: int, lines: Iterator[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The whole lines up to `step`, as they are and read."""
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and values.get("step", math.inf) <= step:
+            yield line, values
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _plain(table: Any) -> Any:
+    if isinstance(table, Mapping):
+        return {str(key): _plain(row) for key, row in table.items()}
+    if isinstance(table, Sequence):
+        return [_plain(item) for item in table]
+    return _finite(table)

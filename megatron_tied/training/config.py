@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -22,6 +23,7 @@ from megatron_tied.engine.ds_config import (
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.installed import annotated_type, class_fields
 from megatron_tied.models.config import ModelConfig, indivisible
+from megatron_tied.monitor.alerts import AlertSettings
 from megatron_tied.topology import TieConfig, TieTopology
 from megatron_tied.training.deepspeed_section import deepspeed_type_problems
 from megatron_tied.training.validation import type_problem
@@ -136,10 +138,27 @@ class CheckpointConfig(Section):
     async_save: bool = True
 
 
-class MonitorConfig(Section):
-    """What is written beside metrics.jsonl, every `train.log_every` steps."""
+class WandbConfig(Section):
+    """A Weights & Biases run that gets the same metrics; its package must be installed."""
 
+    project: PathName
+    name: PathName | None = None
+    entity: PathName | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class MonitorConfig(Section):
+    """What is watched, and where it goes besides metrics.jsonl. Losses and speed come every `train.log_every` steps."""
+
+    # Steps between looks at the routing of a global batch (0: none), and at banks' norms, the gradients of their use
+    # sites, and heat maps (0: none), a multiple of the first.
+    every: CountFromZero = 10
+    expensive_every: CountFromZero = 100
+    # An expert without a token for so many steps counts as dead.
+    dead_window: Count = 500
     tensorboard: bool = True
+    wandb: WandbConfig | None = None
+    alerts: AlertSettings = AlertSettings()
 
 
 class RunConfig(Section):
@@ -171,7 +190,18 @@ class RunConfig(Section):
 
     def deepspeed_config(self, world_size: int) -> dict[str, Any]:
         """The complete ds_config for `world_size` ranks. Raises ConfigError."""
-        return build_deepspeed_config(self.deepspeed, **self._run_values(world_size))
+        config = build_deepspeed_config(self.deepspeed, **self._run_values(world_size))
+        if config.get("tensorboard", {}).get("enabled"):
+            # A directory of its own: TensorBoard reads only the newest file of one.
+            config["tensorboard"] |= {"output_path": str(self.tensorboard_directory()), "job_name": "deepspeed"}
+        return config
+
+    def tensorboard_directory(self) -> Path:
+        """Where TensorBoard's files go: where DeepSpeed's `tensorboard` section says, else into the run directory."""
+        section = self.deepspeed.get("tensorboard", {})
+        if section.get("enabled") and section.get("output_path"):
+            return Path(section["output_path"], section.get("job_name", "DeepSpeedJobName"))
+        return Path(self.train.run_dir, "tensorboard")
 
     def problems(self, world_size: int) -> list[Problem]:
         """Everything that is wrong with this run on `world_size` ranks. Reads no data and builds no model."""
@@ -183,6 +213,7 @@ class RunConfig(Section):
             *deepspeed_problems(self.deepspeed, **self._run_values(world_size)),
             *deepspeed_type_problems(self.deepspeed),
             *self._checkpoint_problems(),
+            *self._monitor_problems(),
         ]
 
     def _run_values(self, world_size: int) -> RunValues:
@@ -262,6 +293,12 @@ class RunConfig(Section):
         if self.checkpoint.save_every and self.offloads_to_nvme():
             valid = "must be 0 with offload to nvme: what is on it is not saved; offload to cpu is"
             yield Problem("checkpoint.save_every", self.checkpoint.save_every, valid)
+
+    def _monitor_problems(self) -> Iterator[Problem]:
+        every, expensive = self.monitor.every, self.monitor.expensive_every
+        if every and expensive % every:
+            valid = f"must be 0 or a multiple of monitor.every = {every}"
+            yield Problem("monitor.expensive_every", expensive, valid)
 
     def offloads_to_nvme(self) -> bool:
         """Whether ZeRO keeps optimizer states or parameters on disks."""

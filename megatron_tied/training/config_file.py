@@ -22,8 +22,9 @@ from megatron_tied.engine.ds_config import values_for_run_config
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.files import write_whole
 from megatron_tied.models.config import ModelConfig
+from megatron_tied.monitor.alerts import AlertSettings
 from megatron_tied.topology import TieConfig
-from megatron_tied.training.config import RunConfig, Section, transformer_fields
+from megatron_tied.training.config import RunConfig, Section, WandbConfig, transformer_fields
 from megatron_tied.training.validation import problems_of, to_json
 
 
@@ -140,4 +141,6 @@ def _known_keys() -> list[str]:
     }
     keys["tie"] = [field.name for field in dataclasses.fields(TieConfig)]
     keys["model"] = [*ModelConfig.model_fields, *transformer_fields()]
+    keys["monitor.alerts"] = [field.name for field in dataclasses.fields(AlertSettings)]
+    keys["monitor.wandb"] = list(WandbConfig.model_fields)
     return [*RunConfig.model_fields, *(f"{section}.{key}" for section in keys for key in keys[section])]

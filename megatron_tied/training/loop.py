@@ -18,6 +18,7 @@ from megatron_tied.training.checkpoints import Checkpoints
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.evaluation import Batch, LossFunction, evaluate
 from megatron_tied.training.guards import check_consistency, check_step, loss_scale_floor
+from megatron_tied.training.monitoring import Monitoring
 from megatron_tied.training.plan_check import PlanCheck
 from megatron_tied.training.progress import Progress
 from megatron_tied.training.signals import StopSignals
@@ -38,36 +39,44 @@ def train(
     sinks: Sinks,
     checkpoints: Checkpoints,
     signals: StopSignals,
+    monitoring: Monitoring,
     plan: PlanCheck,
     done: int = 0,
 ) -> Trained:
     """Run the steps after the first `done`, with logging, evaluation and checkpoints, to the end or to a signal."""
     settings = config.train
     loss_function = LossFunction(settings.seq_length, device())
-    window = Window(config, engine, plan.metrics)
+    window = Window(config, engine, monitoring.constants, monitoring.step_time)
     latest: dict[str, Any] = {}
 
     def log(step: int, metrics: dict[str, float]) -> None:
         sinks.write(step, metrics)
         latest.update(metrics)
+        for alert in monitoring.alerts.check(step, metrics):
+            progress.say(alert)
 
     step = done
     batches = iter(_loader(config, datasets.train, settings.steps, done))
     with Progress(settings.steps, first=done, enabled=torch.distributed.get_rank() == 0) as progress:
         for step in range(done + 1, settings.steps + 1):
             learning_rates = {group["label"]: group["lr"] for group in engine.optimizer.param_groups}
-            with loss_scale_floor(step):
-                window.add(train_step(engine, loss_function, batches))
+            with loss_scale_floor(step), monitoring.watching(step):
+                window.add(train_step(engine, loss_function, batches, monitoring))
             progress.advance()
             if skipped := check_step(engine, step, settings):
                 progress.say(skipped)
             check_consistency(engine, step, settings)
+            metrics, tables = monitoring.finish(step)
             if step % settings.log_every == 0 or step == settings.steps:
                 is_first = "loss" not in latest
-                log(step, window.close(step, learning_rates))
-                progress.report(step, latest)
+                metrics = window.close(step, learning_rates) | metrics
+                progress.report(step, metrics)
                 if is_first:
-                    progress.say(plan.line(engine, latest["tokens_per_second"]))
+                    progress.say(plan.line(engine, metrics["tokens_per_second"]))
+            if metrics:
+                log(step, metrics)
+            if tables:
+                sinks.write_tables(step, tables)
             if _is_evaluation_step(config, datasets, step):
                 began = time.perf_counter()
                 held_out = _loader(config, datasets.validation, settings.eval_steps)
@@ -86,13 +95,22 @@ def train(
     return Trained(step, latest)
 
 
-def train_step(engine: TiedMoEEngine, loss_function: LossFunction, batches: Iterator[Batch]) -> torch.Tensor:
+def train_step(
+    engine: TiedMoEEngine, loss_function: LossFunction, batches: Iterator[Batch], monitoring: Monitoring
+) -> torch.Tensor:
     """One optimizer step over its micro-batches; returns their mean loss on this rank, detached."""
     losses = []
-    for _ in range(engine.gradient_accumulation_steps()):
-        loss = loss_function(engine, next(batches))
-        engine.backward(loss)
-        engine.step()
+    for left in reversed(range(engine.gradient_accumulation_steps())):
+        with monitoring.phase("data"):
+            batch = next(batches)
+        with monitoring.forward():
+            loss = loss_function(engine, batch)
+        with monitoring.phase("backward"):
+            engine.backward(loss)
+        if left == 0:
+            monitoring.before_update()
+        with monitoring.phase("optimizer"):
+            engine.step()
         losses.append(loss.detach())
     return torch.stack(losses).mean()
 

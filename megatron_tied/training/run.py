@@ -15,17 +15,22 @@ from megatron_tied.engine.groups import initialize_model_parallel
 from megatron_tied.engine.initialize import initialize
 from megatron_tied.engine.parameter_groups import parameter_groups
 from megatron_tied.models.gpt import build_gpt_model
-from megatron_tied.monitor.sinks import METRICS, JsonLinesSink, Sinks, TensorBoardSink, forget_metrics_after
+from megatron_tied.monitor.dead_experts import LastUse
+from megatron_tied.monitor.description import RunDescription
+from megatron_tied.monitor.sinks import METRICS, JsonLinesSink, Sink, Sinks, forget_metrics_after
+from megatron_tied.monitor.tensorboard import TensorBoardSink
+from megatron_tied.monitor.wandb import WandbSink
 from megatron_tied.training.checkpoints import Checkpoints
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.loop import train
+from megatron_tied.training.monitoring import Monitoring
 from megatron_tied.training.plan_check import PlanCheck
 from megatron_tied.training.resume import Start
 from megatron_tied.training.schedule import lr_schedule
 from megatron_tied.training.signals import StopSignals
 from megatron_tied.training.startup import check_model, join_processes, prepare_run, split_argument
 from megatron_tied.training.state import RunState
-from megatron_tied.training.summary import parameter_figures, write_summary
+from megatron_tied.training.summary import overall, parameter_figures, write_summary
 
 
 def run(config: RunConfig) -> None:
@@ -49,7 +54,8 @@ def _run(config: RunConfig, start: Start) -> None:
     directory = Path(config.train.run_dir)
     datasets = _datasets(config)
     engine, layout, figures = build_engine(config)
-    state = RunState(config, engine, layout)
+    last_use = LastUse()
+    state = RunState(config, engine, layout, last_use)
     if start.checkpoint is not None:
         state.restore(start.checkpoint)
     elif start.weights is not None:
@@ -60,12 +66,14 @@ def _run(config: RunConfig, start: Start) -> None:
     is_first = torch.distributed.get_rank() == 0
     earlier = forget_metrics_after(start.step, directory / METRICS) if is_first else {}
     with (
-        _sinks(config, directory, start.step) as sinks,
+        _sinks(config, figures, start.step) as sinks,
         Checkpoints.of_run(config, state, for_saving) as checkpoints,
         StopSignals(for_signals) as signals,
     ):
         plan = PlanCheck(config, torch.distributed.get_world_size())
-        step, metrics = train(config, engine, datasets, sinks, checkpoints, signals, plan, start.step)
+        constants = {"parameters_unique": figures["unique"], "parameters_untied": figures["untied"], **plan.metrics}
+        monitoring = Monitoring(config, engine, last_use, constants)
+        step, metrics = train(config, engine, datasets, sinks, checkpoints, signals, monitoring, plan, start.step)
     if step < config.train.steps:
         _say(f"stopped after step {step} of {config.train.steps}; to go on, start it again (train.resume: auto)")
         return
@@ -76,8 +84,7 @@ def _run(config: RunConfig, start: Start) -> None:
             "topology": config.topology().describe(),
             "world_size": torch.distributed.get_world_size(),
             "seconds": round(time.monotonic() - started, 1),
-            **earlier,
-            **metrics,
+            **overall(earlier | metrics),
         }
         write_summary(directory / "summary.json", summary)
     _say(f"finished in {time.monotonic() - started:.0f} s: {directory / 'summary.json'}")
@@ -129,10 +136,15 @@ def build_engine(config: RunConfig) -> tuple[TiedMoEEngine, Layout, dict[str, in
     return engine, layout, figures
 
 
-def _sinks(config: RunConfig, directory: Path, done: int) -> Sinks:
+def _sinks(config: RunConfig, figures: dict[str, int], done: int) -> Sinks:
     if torch.distributed.get_rank() != 0:
         return Sinks()
-    sinks = [JsonLinesSink(directory / METRICS)]
-    if config.monitor.tensorboard:
-        sinks.append(TensorBoardSink(directory / "tensorboard", done))
+    directory, settings = Path(config.train.run_dir), config.monitor
+    world_size = torch.distributed.get_world_size()
+    description = RunDescription(config.model_dump(mode="json"), config.topology(), figures, world_size)
+    sinks: list[Sink] = [JsonLinesSink(directory / METRICS)]
+    if settings.tensorboard:
+        sinks.append(TensorBoardSink(config.tensorboard_directory(), description, done))
+    if settings.wandb is not None:
+        sinks.append(WandbSink(settings.wandb.model_dump(), directory, description, done))
     return Sinks(*sinks)

@@ -14,6 +14,7 @@ from megatron_tied.engine.groups import start_distributed
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.files import write_whole
 from megatron_tied.models.gpt import transformer_config
+from megatron_tied.monitor.wandb import wandb_problem
 from megatron_tied.platform.host import share_host_threads
 from megatron_tied.platform.quiet import quiet_deepspeed
 from megatron_tied.training.config import RunConfig
@@ -90,6 +91,8 @@ def _local_problems(config: RunConfig) -> list[Problem]:
         vocab_size=config.model.vocab_size,
         seq_length=config.train.seq_length,
     )
+    if config.monitor.wandb is not None and torch.distributed.get_rank() == 0 and (problem := wandb_problem()):
+        problems.append(problem)
     return problems + refused_by_deepspeed(config.deepspeed)
 
 

@@ -21,6 +21,7 @@ from megatron_tied.engine.partitions import (
     optimizer_scalars,
     publish_weights,
 )
+from megatron_tied.monitor.dead_experts import LastUse
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.schedule import go_to
 
@@ -30,10 +31,11 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 class RunState:
     """What a run is at the end of a step: tensors, and a manifest with everything else."""
 
-    def __init__(self, config: RunConfig, engine: TiedMoEEngine, layout: Layout):
+    def __init__(self, config: RunConfig, engine: TiedMoEEngine, layout: Layout, last_use: LastUse):
         self._config = config
         self._engine = engine
         self._layout = layout
+        self._last_use = last_use
 
     def tensors(self) -> StateDict:
         """What this rank has to save: views of the optimizer's tensors, the routers' buffers, RNG states."""
@@ -58,6 +60,7 @@ class RunState:
             trainer={
                 "banks": [list(bank.layers) for bank in self._config.topology().banks],
                 "skipped_steps": engine.skipped_steps,
+                "last_use": self._last_use.to_dict(),
                 "schedule": engine.lr_scheduler.last_epoch,
                 "loss_scaler": {name: getattr(scaler, name) for name in _SCALER} if (scaler := self._scaler()) else {},
                 "optimizer": {"name": self._config.optimizer.name, "scalars": optimizer_scalars(engine)},
@@ -103,6 +106,7 @@ class RunState:
         engine.micro_steps = step * engine.gradient_accumulation_steps()
         # The schedule is a function of the step: the rates of this config, not of the one that was saved.
         go_to(engine.lr_scheduler, trainer["schedule"])
+        self._last_use.restore(trainer.get("last_use", {}))
         if (scaler := self._scaler()) is not None:
             for name, value in trainer["loss_scaler"].items():
                 setattr(scaler, name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ def parameter_figures(model: torch.nn.Module, topology: TieTopology) -> dict[str
         "banks": len(topology.banks),
         "moe_layers": len(topology.moe_layers),
     }
+
+
+def overall(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those that are not of a single layer or bank, whose names end in its number."""
+    return {name: value for name, value in metrics.items() if not name.rpartition("/")[2].isdigit()}
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:

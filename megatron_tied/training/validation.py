@@ -44,17 +44,20 @@ def to_json(value: object) -> str:
 
 def problems_of(error: ValidationError, given: Mapping[str, Any], known: Iterable[str]) -> list[Problem]:
     """All findings of `error` about the config `given`; `known` are the dotted keys that there are."""
+    known = list(known)
     problems: list[Problem] = []
     wants: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
-        field = ".".join(map(str, item["loc"][:2]))
+        # Behind a key come places within its value: list entries, members of a union.
+        depth = 3 if item["type"] in _UNKNOWN_KEY or ".".join(map(str, item["loc"][:3])) in known else 2
+        field = ".".join(map(str, item["loc"][:depth]))
         if item["type"] in _UNKNOWN_KEY:
             valid = f"is not a key of the config{nearest(field, known)}"
             problems.append(Problem(field, item["input"], valid))
         elif isinstance(nested := item.get("ctx", {}).get("error"), ConfigError):
             problems.extend(nested.problems)
         else:
-            wants.setdefault(field, []).append(_want(item, item["loc"][2:]))
+            wants.setdefault(field, []).append(_want(item, item["loc"][depth:]))
     return problems + [Problem(field, _lookup(given, field), _must_be(want)) for field, want in wants.items()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -11,7 +12,9 @@ import torch
 from megatron_tied.engine.engine import TiedMoEEngine
 from megatron_tied.engine.partitions import state_bytes
 from megatron_tied.monitor.moe_losses import take_moe_losses
+from megatron_tied.monitor.step_time import StepTime
 from megatron_tied.planner.hardware import GB
+from megatron_tied.platform import device
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.evaluation import average_over_ranks
 
@@ -19,9 +22,11 @@ from megatron_tied.training.evaluation import average_over_ranks
 class Window:
     """Collects the steps since the last log line without waiting for the device; `close` makes their metrics."""
 
-    def __init__(self, config: RunConfig, engine: TiedMoEEngine, planned: Mapping[str, float]):
+    def __init__(self, config: RunConfig, engine: TiedMoEEngine, constants: Mapping[str, float], step_time: StepTime):
         self._engine = engine
-        self._planned = planned
+        self._constants = constants
+        self._step_time = step_time
+        self._steps = config.train.steps
         self._tokens_per_step = config.train.global_batch_size * config.train.seq_length
         self._moe_layers = len(config.topology().moe_layers)
         self._start()
@@ -41,10 +46,11 @@ class Window:
     def close(self, step: int, learning_rates: dict[str, float]) -> dict[str, float]:
         """Means over the window's steps and all ranks, and what only the last step has. A collective.
 
-        loss: the training objective; lm_loss: cross entropy; aux_loss, z_loss: per MoE layer, without their
-        coefficients; grad_norm: before clipping, last step; lr: of the untied weights, and one `lr/...` per group;
-        tokens: seen so far; memory_gb: peak of CUDA memory on this rank, or resident memory on a CPU host, in 10^9
-        bytes; states_gb: weights and optimizer states there; planned_...: what the planner said.
+        loss: the training objective; lm_loss: cross entropy, and its perplexity; aux_loss, z_loss: per MoE layer,
+        without their coefficients; grad_norm: before clipping, last step; loss_scale: fp16's; lr: of the untied
+        weights, and one `lr/...` per group; tokens: seen so far; memory_gb: peak of CUDA memory on this rank, or
+        resident memory on a CPU host, in 10^9 bytes; memory_fullest_gb: that of the rank with most; states_gb: weights
+        and optimizer states; time/...: see `StepTime`; and the constants.
         """
         engine, steps = self._engine, len(self._losses)
         lm_loss = average_over_ranks(torch.stack(self._losses).mean())
@@ -53,23 +59,35 @@ class Window:
         metrics = {
             "loss": lm_loss + moe.objective,
             "lm_loss": lm_loss,
+            "perplexity": math.exp(min(lm_loss, 700.0)),
             "aux_loss": moe.aux_loss,
             "z_loss": moe.z_loss,
             "grad_norm": float(engine.get_global_grad_norm()),
+            **({"loss_scale": engine.loss_scale_now()} if engine.fp16_enabled() else {}),
             "lr": learning_rates["dense"],
             **{f"lr/{label}": lr for label, lr in learning_rates.items()},
             "tokens": step * self._tokens_per_step,
             "tokens_per_second": steps * self._tokens_per_step / seconds,
             "step_seconds": seconds / steps,
-            "memory_gb": _memory_bytes() / GB,
+            "eta_seconds": (self._steps - step) * seconds / steps,
+            **_memory(),
             "states_gb": state_bytes(engine) / GB,
-            **self._planned,
+            **self._step_time.take(steps, seconds),
+            **self._constants,
         }
         self._start()
         return metrics
 
 
-def _memory_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return psutil.Process().memory_info().rss
+def _memory() -> dict[str, float]:
+    if not torch.cuda.is_available():
+        here = {"memory_gb": psutil.Process().memory_info().rss / GB}
+    else:
+        here = {
+            "memory_gb": torch.cuda.max_memory_allocated() / GB,
+            "memory_allocated_gb": torch.cuda.memory_allocated() / GB,
+            "memory_reserved_gb": torch.cuda.memory_reserved() / GB,
+        }
+    fullest = torch.tensor(here["memory_gb"], device=device())
+    torch.distributed.all_reduce(fullest, op=torch.distributed.ReduceOp.MAX)
+    return {**here, "memory_fullest_gb": fullest.item()}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_tied.monitor.sinks import JsonLinesSink, Sinks, TensorBoardSink, forget_metrics_after, tensorboard_tag
+from megatron_tied.monitor.sinks import JsonLinesSink, Metrics, Sinks, Tables, forget_metrics_after, tensorboard_tag
 
 
 def lines(file: Path) -> list[dict[str, float]]:
@@ -48,24 +49,57 @@ def test_a_run_that_goes_on_forgets_what_it_had_logged_later(tmp_path):
     assert forget_metrics_after(0, tmp_path / "no such file") == {}
 
 
-def test_tensorboard_forgets_it_too(tmp_path):
-    for done, steps in ((0, (1, 2, 3)), (1, (2,))):
-        with Sinks(TensorBoardSink(tmp_path, done)) as sinks:
-            for step in steps:
-                sinks.write(step, {"loss": float(10 * done + step)})
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 12.0)]
+def test_lines_that_stay_are_not_rewritten(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step":1, "loss": 1e0}\r\n12\n{"loss": 3.0}\n{"step": 2, "loss": null}')
+    assert forget_metrics_after(2, file) == {"loss": None}
+    assert file.read_bytes() == b'{"step":1, "loss": 1e0}\n{"step": 2, "loss": null}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_scalars_can_be_read_by_tensorboard(tmp_path):
-    with Sinks(TensorBoardSink(tmp_path)) as sinks:
-        sinks.write(3, {"loss": 2.5, "lr/experts": 0.125})
-        sinks.write(6, {"loss": 1.5})
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert set(events.Tags()["scalars"]) == {"train/loss", "lr/experts"}
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 2.5), (6, 1.5)]
+def test_tables_are_a_line_of_their_own(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    with Sinks(JsonLinesSink(file)) as sinks:
+        sinks.write(1, {"loss": math.inf})
+        sinks.write_tables(1, {"expert_load": {"0": [1.0, math.nan]}, "agreement": {"1": [[1.0, 0.5], (0.5, 1.0)]}})
+    tables = {"expert_load": {"0": [1.0, None]}, "agreement": {"1": [[1.0, 0.5], [0.5, 1.0]]}}
+    assert lines(file) == [{"step": 1, "loss": None}, {"step": 1, **tables}]
+
+
+def test_a_run_that_goes_on_forgets_later_tables_and_has_no_table_among_its_last_values(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    with Sinks(JsonLinesSink(file)) as sinks:
+        for step in (1, 2):
+            sinks.write(step, {"loss": 1.0})
+            sinks.write_tables(step, {"bank_load": {"0": [1.0, float(step)]}})
+    assert forget_metrics_after(1, file) == {"loss": 1.0}
+    assert lines(file) == [{"step": 1, "loss": 1.0}, {"step": 1, "bank_load": {"0": [1.0, 1.0]}}]
+
+
+def test_a_large_file_is_not_read_into_memory(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    line = json.dumps({"step": 1, "expert_load": {"0": [0.12345] * 10_000}}) + "\n"
+    file.write_text(line * 300)
+    tracemalloc.start()
+    forget_metrics_after(1, file)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert file.stat().st_size == 300 * len(line)
+    assert peak < file.stat().st_size / 5
+
+
+def test_a_failed_rewrite_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def full_disk(*paths: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        forget_metrics_after(1, file)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +115,15 @@ def test_scalars_can_be_read_by_tensorboard(tmp_path):
         ("validation_loss", "validation/validation_loss"),
         ("tokens_per_second", "progress/tokens_per_second"),
         ("memory_gb", "system/memory_gb"),
+        ("memory_fullest_gb", "system/memory_fullest_gb"),
+        ("memory_allocated_gb", "system/memory_allocated_gb"),
+        ("memory_reserved_gb", "system/memory_reserved_gb"),
+        ("perplexity", "train/perplexity"),
+        ("loss_scale", "train/loss_scale"),
+        ("eta_seconds", "progress/eta_seconds"),
+        ("parameters_unique", "model/parameters_unique"),
+        ("parameters_untied", "model/parameters_untied"),
+        ("layer_max_vio/03", "layer_max_vio/03"),
         ("unheard_of", "other/unheard_of"),
     ],
 )
@@ -89,14 +132,26 @@ def test_charts(metric, tag):
 
 
 class Recorder:
-    def __init__(self) -> None:
+    def __init__(self, error: OSError | None = None) -> None:
         self.seen: list[object] = []
+        self._error = error
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        self.seen.append((step, dict(metrics)))
+    def write(self, step: int, metrics: Metrics) -> None:
+        self._take(step, metrics)
+
+    def write_tables(self, step: int, tables: Tables) -> None:
+        self._take(step, tables)
 
     def close(self) -> None:
-        self.seen.append("closed")
+        self._take("closed")
+
+    def _take(self, *what: object) -> None:
+        self.seen.append(what)
+        if self._error:
+            raise self._error
+
+
+EVERYTHING = [(1, {"loss": 1.0}), (1, {"bank_load": {"0": [1.0]}}), ("closed",)]
 
 
 def test_all_sinks_get_everything_and_are_closed_after_an_error():
@@ -105,13 +160,28 @@ def test_all_sinks_get_everything_and_are_closed_after_an_error():
     def run_that_fails() -> None:
         with Sinks(*recorders) as sinks:
             sinks.write(1, {"loss": 1.0})
+            sinks.write_tables(1, {"bank_load": {"0": [1.0]}})
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         run_that_fails()
-    assert [recorder.seen for recorder in recorders] == [[(1, {"loss": 1.0}), "closed"]] * 2
+    assert [recorder.seen for recorder in recorders] == [EVERYTHING] * 2
+
+
+def test_a_sink_without_space_stops_neither_the_run_nor_the_other_sinks(caplog):
+    recorders = Recorder(OSError("no space left")), Recorder()
+    with Sinks(*recorders) as sinks:
+        sinks.write(1, {"loss": 1.0})
+        sinks.write_tables(1, {"bank_load": {"0": [1.0]}})
+    assert [recorder.seen for recorder in recorders] == [EVERYTHING] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "metrics of step 1: not written: no space left",
+        "tables of step 1: not written: no space left",
+        "the last metrics: not written: no space left",
+    ]
 
 
 def test_other_ranks_have_none():
     with Sinks() as sinks:
         sinks.write(1, {"loss": 1.0})
+        sinks.write_tables(1, {"bank_load": {"0": [1.0]}})

@@ -76,6 +76,7 @@ def config_values(corpus: Corpus, run_dir: Path) -> dict[str, Any]:
         },
         "optimizer": {"lr": 5e-3, "min_lr": 5e-4, "warmup_steps": 3},
         "checkpoint": {"save_every": 0},
+        "monitor": {"every": 5, "expensive_every": 10},
         "deepspeed": {"zero_optimization": {"stage": 1}},
     }
 

@@ -173,6 +173,13 @@ def test_bytes_that_are_no_text(config_file: Path):
         ("train.stps=3", "train.stps = 3: is not a key of the config; did you mean 'train.steps'?"),
         ("trian.steps=3", "trian = {'steps': 3}: is not a key of the config; did you mean 'train'?"),
         ("train.lr=3", "train.lr = 3: is not a key of the config; did you mean 'optimizer.lr'?"),
+        (
+            "monitor.alerts.agrement=1",
+            "monitor.alerts.agrement = 1: is not a key of the config; did you mean 'monitor.alerts.agreement'?",
+        ),
+        ("monitor.alerts.max_vio=high", "monitor.alerts.max_vio = 'high': must be a number or 'auto'"),
+        ("monitor.alerts.update_ratio=[1,0.5]", "monitor.alerts.update_ratio = [1, 0.5]: must be [LOW, HIGH]"),
+        ("monitor.wandb.name=x", "monitor.wandb.project = None: must be given"),
         ("steps=3", "steps = 3: is not a key of the config; did you mean 'train.steps'?"),
         ("tie.bank=2", "tie.bank = 2: is not a key of the config; did you mean 'tie.banks'?"),
         ("tie.zzz=2", "tie.zzz = 2: is not a key of the config"),

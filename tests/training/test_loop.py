@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_tied.monitor.step_time import StepTime
 from megatron_tied.training import window as window_module
 from megatron_tied.training.config_file import parse_config
 from megatron_tied.training.evaluation import LossFunction, evaluate
@@ -40,8 +43,28 @@ class Engine:
         assert loss.requires_grad
         self.calls.append("backward")
 
+    def fp16_enabled(self) -> bool:
+        return False
+
     def __getattr__(self, name: str) -> Any:
         return lambda: self.calls.append(name)
+
+
+class Watcher:
+    """Stands for the monitoring: notes what it is told of a step."""
+
+    def __init__(self, calls: list[str]):
+        self.calls = calls
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        self.calls.append(name)
+        return nullcontext()
+
+    def forward(self) -> AbstractContextManager[None]:
+        return self.phase("forward")
+
+    def before_update(self) -> None:
+        self.calls.append("before update")
 
 
 def batch(tokens: list[float], mask: list[float]) -> dict[str, torch.Tensor]:
@@ -71,8 +94,10 @@ def test_loss_is_the_mean_over_tokens_that_count():
 def test_a_step_is_its_micro_batches_in_order():
     engine = Engine(accumulation=3)
     losses = iter([batch([value] * 3, [1.0] * 3) for value in (1.0, 2.0, 6.0, 100.0)])
-    loss = train_step(engine, LOSS, losses)
-    assert engine.calls == ["forward", "backward", "step"] * 3
+    loss = train_step(engine, LOSS, losses, Watcher(engine.calls))
+    parts = ["data", "forward", "forward", "backward", "backward"]
+    rest = [*parts, "optimizer", "step"]
+    assert engine.calls == [*rest, *rest, *parts, "before update", "optimizer", "step"]
     assert loss.item() == 3.0
     assert not loss.requires_grad
     assert next(losses)["tokens"][0, 0] == 100.0
@@ -98,13 +123,17 @@ def test_speed_counts_training_alone(monkeypatch: pytest.MonkeyPatch):
         }
     )
     monkeypatch.setattr(window_module, "state_bytes", lambda engine: 3 * 10**9)
-    window = Window(config, Engine(), {"planned_states_gb": 2.5})
+    window = Window(config, Engine(), {"planned_states_gb": 2.5}, StepTime())
     for seconds in (3.0, 5.0):
         clock.now += seconds
         window.add(torch.tensor(seconds))
     metrics = window.close(2, {"dense": 0.5, "experts_lr_div_2": 0.25})
     assert (metrics["lm_loss"], metrics["loss"], metrics["tokens"]) == (4.0, 4.0, 400)
+    assert metrics["perplexity"] == pytest.approx(math.exp(4.0))
     assert (metrics["step_seconds"], metrics["tokens_per_second"]) == (4.0, 50.0)
+    assert metrics["eta_seconds"] == 998 * 4.0
+    assert metrics["time/other"] == 4.0
+    assert metrics["memory_fullest_gb"] == pytest.approx(metrics["memory_gb"])
     assert (metrics["lr"], metrics["lr/experts_lr_div_2"]) == (0.5, 0.25)
     assert (metrics["states_gb"], metrics["planned_states_gb"]) == (3.0, 2.5)
 

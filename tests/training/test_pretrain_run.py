@@ -22,10 +22,31 @@ STEPS, EVALUATED = 12, [5, 10, 12]
 LEARNING_RATES = {"lr", "lr/dense", "lr/dense_no_decay", "lr/experts", "lr/experts_lr_div_2"}
 FIGURES = {
     *("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "tokens", "tokens_per_second"),
-    *("step_seconds", "memory_gb", "states_gb"),
+    *("perplexity", "step_seconds", "eta_seconds", "memory_gb", "memory_fullest_gb", "states_gb"),
+    *(f"time/{phase}" for phase in ("data", "forward", "backward", "reduce", "optimizer", "other")),
+    *("parameters_unique", "parameters_untied"),
     *("planned_memory_gb", "planned_states_gb", "planned_tokens_per_second"),
     *LEARNING_RATES,
 }
+LAYER_FIGURES = {
+    *("load_min", "load_max", "load_std", "load_p50", "load_p75", "load_p95", "max_vio", "balance_loss"),
+    *("token_entropy", "mean_entropy", "max_logit", "z_loss", "dropped", "dead_fraction"),
+}
+# Five layers; the first has bank 0, the others share bank 1.
+OBSERVED = {
+    *(f"layer_{figure}/{layer:02d}" for figure in LAYER_FIGURES | {"ep_busiest"} for layer in range(5)),
+    *(f"bank_{figure}/{bank:02d}" for figure in LAYER_FIGURES for bank in range(2)),
+    *(f"routing/{name}" for name in ("max_vio", "max_vio_worst", "balance_loss", "token_entropy", "mean_entropy")),
+    *(f"routing/{name}" for name in ("dead_fraction", "max_logit", "z_loss", "dropped")),
+    *("routing/ep_busiest", "routing/ep_busiest_worst", "all_to_all/gb", "all_to_all/seconds"),
+    *(f"agreement_{form}{chance}/01" for form in ("top1", "overlap", "distinct") for chance in ("", "_chance")),
+}
+EXAMINED = {
+    *(f"bank_{figure}/{bank:02d}" for figure in ("weight_norm", "gradient_norm", "update_norm") for bank in range(2)),
+    *("bank_update_ratio/00", "bank_update_ratio/01"),
+    *("bank_gradient_cosine/01", "bank_gradient_cosine_min/01", "bank_gradient_cancellation/01"),
+}
+TABLES = {"expert_load", "bank_load", "agreement"}
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +61,17 @@ def steps(reference_run: Run) -> list[dict[str, float]]:
 
 def test_every_step_and_every_evaluation_is_one_line(reference_run: Run):
     lines = read_metrics(reference_run.directory)
-    kinds = [(line["step"], "validation_loss" in line) for line in lines]
-    assert kinds == sorted([(step, False) for step in range(1, STEPS + 1)] + [(step, True) for step in EVALUATED])
+    found = [(line["step"], line.keys() - {"step"}) for line in lines]
+    expected = []
+    for step in range(1, STEPS + 1):
+        observed = OBSERVED if step % 5 == 0 else set()
+        examined = EXAMINED if step % 10 == 0 else set()
+        expected.append((step, FIGURES | observed | examined))
+        expected += [(step, TABLES)] if examined else []
+        expected += [(step, {"validation_loss"})] if step in EVALUATED else []
+    assert found == expected
     for line in lines:
-        expected = {"validation_loss"} if "validation_loss" in line else FIGURES
-        assert line.keys() - {"step"} == expected
-        assert all(math.isfinite(value) for value in line.values())
+        assert all(math.isfinite(value) for name, value in line.items() if name not in TABLES)
 
 
 def test_loss_falls_from_that_of_guessing(steps: list[dict[str, float]], reference_run: Run):
@@ -85,7 +111,7 @@ def test_tensorboard_holds_the_same(reference_run: Run):
     events.Reload()
     expected: dict[str, list[tuple[int, float]]] = {}
     for line in read_metrics(reference_run.directory):
-        for name in line.keys() - {"step"}:
+        for name in line.keys() - {"step"} - TABLES:
             expected.setdefault(tensorboard_tag(name), []).append((line["step"], line[name]))
     assert set(events.Tags()["scalars"]) == expected.keys()
     assert expected.keys() >= {
@@ -93,6 +119,7 @@ def test_tensorboard_holds_the_same(reference_run: Run):
         *("lr/dense", "lr/experts", "lr/experts_lr_div_2"),
         *("progress/tokens_per_second", "system/memory_gb", "validation/validation_loss"),
     }
+    assert set(events.Tags()["images"]) == {"load/layers", "load/banks", "agreement/groups"}
     for tag, points in expected.items():
         drawn = events.Scalars(tag)
         assert [point.step for point in drawn] == [step for step, _ in points]
@@ -114,6 +141,8 @@ def test_summary(reference_run: Run, config: RunConfig, steps: list[dict[str, fl
     assert summary["topology"] == "5 layers: 0 [1 2 3 4]"
     assert {name: summary[name] for name in FIGURES} == {name: steps[-1][name] for name in FIGURES}
     assert summary["validation_loss"] == series(reference_run.directory, "validation_loss")[-1]
+    assert "routing/max_vio" in summary
+    assert not [name for name in summary if name.startswith(("layer_", "bank_"))], "of the whole model only"
 
 
 def test_saved_config_is_the_resolved_one(reference_run: Run, config: RunConfig):

@@ -26,6 +26,7 @@ TP = "parallel.tensor_model_parallel_size"
 OFFLOAD = "deepspeed.zero_optimization.offload_optimizer.device=cpu"
 OFFLOAD_3 = "deepspeed.zero_optimization.offload_param.device=cpu"
 METRICS = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "lr")
+OBSERVED = ("routing/", "layer_", "bank_", "agreement_")
 
 # On two processes, EP 2, two micro-batches a step: what the straight run is started with, and the run from its middle.
 BITWISE = {
@@ -72,6 +73,8 @@ class Runs:
         # A blend, two micro-batches a step on two processes, every step logged.
         values["data"]["train"] = [0.75, str(corpus.a), 0.25, str(corpus.b)]
         values["train"] |= {"steps": STEPS, "log_every": 1, "eval_every": 0}
+        # Within a window's length of the end, so that dead experts depend on what was seen before a restart.
+        values["monitor"] = {"every": 2, "expensive_every": 4, "dead_window": 12}
         self._config = directory / "config.yaml"
         self._config.write_text(json.dumps(values))
 
@@ -88,9 +91,17 @@ class Runs:
         return f"train.resume={self.checkpoint(name, HALF)}"
 
     def steps(self, name: str) -> dict[int, dict[str, float]]:
-        """The metrics of every step."""
-        lines = {line["step"]: line for line in read_metrics(self.directory / name)}
+        """The losses of every step."""
+        lines = {line["step"]: line for line in read_metrics(self.directory / name) if "loss" in line}
         return {step: {metric: line[metric] for metric in METRICS} for step, line in lines.items()}
+
+    def observed(self, name: str) -> dict[int, dict[str, float]]:
+        """What was seen of routing and banks, by step."""
+        lines = {line["step"]: line for line in read_metrics(self.directory / name) if "routing/max_vio" in line}
+        return {
+            step: {metric: line[metric] for metric in line if metric.startswith(OBSERVED)}
+            for step, line in lines.items()
+        }
 
 
 SAVE = f"checkpoint.save_every={HALF}"
@@ -125,6 +136,10 @@ def test_ten_and_ten_steps_are_twenty_bit_for_bit(runs: Runs, name: str) -> None
     expected, found = runs.steps(name), runs.steps(f"{name} resumed")
     assert found == after(expected)
     assert len(found) == HALF
+    observed = runs.observed(f"{name} resumed")
+    assert observed == after(runs.observed(name))
+    assert list(observed) == [12, 14, 16, 18, 20]
+    assert any(metric.startswith("bank_update_ratio") for metric in observed[12])
 
 
 def moved() -> list[tuple[str, str]]:

@@ -1,0 +1,80 @@
+"""How large each expert bank's weights, gradient and update are, over all ranks, at any ZeRO stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_tied.engine.engine import TiedMoEEngine
+from megatron_tied.engine.partitions import gradients, weights
+from megatron_tied.layers.moe_layer import tied_layers
+from megatron_tied.platform import device
+
+
+@dataclass(frozen=True)
+class Norms:
+    """L2 norms over all experts of a bank: the weights after the step, the gradient before clipping, the change."""
+
+    weight: float
+    gradient: float
+    update: float
+
+    @property
+    def update_ratio(self) -> float:
+        """Update over weight norm."""
+        return self.update / self.weight
+
+
+class BankNorms:
+    """Norms around one optimizer step: `before_update`, the step, `take`.
+
+    In between it holds a copy of the banks' weights that this rank updates, 4 bytes each.
+    """
+
+    def __init__(self, engine: TiedMoEEngine):
+        self._engine = engine
+        bank_of = {
+            id(weight): layer.bank.index
+            for layer in tied_layers(engine.module)
+            if layer.is_owner
+            for weight in layer.experts.parameters()
+        }
+        named = engine.module.named_parameters()
+        self._banks = {name: bank_of[id(parameter)] for name, parameter in named if id(parameter) in bank_of}
+        self._before: dict[str, torch.Tensor] = {}
+        self._gradients: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Note gradients and weights; after the last backward pass of a step."""
+        scale = self._engine.loss_scale_now()
+        reduced = gradients(self._engine, self._banks)
+        self._gradients = {name: _squared_norm(gradient) / scale**2 for name, gradient in reduced.items()}
+        self._before = {name: part.clone() for name, part in weights(self._engine, self._banks).items()}
+
+    @torch.no_grad()
+    def take(self) -> dict[int, Norms]:
+        """The norms by bank, the same on every rank; after the step. A collective."""
+        squares = torch.zeros(max(self._banks.values()) + 1, 3, dtype=torch.float64, device=device())
+        for name, part in weights(self._engine, self._banks).items():
+            change = self._before.pop(name).sub_(part)
+            parts = _squared_norm(part), self._gradients.pop(name), _squared_norm(change)
+            squares[self._banks[name]] += torch.stack([part.to(squares.device) for part in parts])
+        torch.distributed.all_reduce(squares)
+        norms = (squares / self._holders()).sqrt().tolist()
+        return {bank: Norms(*norms[bank]) for bank in sorted(set(self._banks.values()))}
+
+    def _holders(self) -> int:
+        """How many ranks hold an element of a bank in their optimizer."""
+        is_sharded = parallel_state.get_expert_model_parallel_world_size() > 1
+        if self._engine.zero_optimization_stage() == 0:
+            if is_sharded:
+                return parallel_state.get_expert_data_parallel_world_size()
+            return torch.distributed.get_world_size()
+        return 1 if is_sharded else parallel_state.get_tensor_model_parallel_world_size()
+
+
+def _squared_norm(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()

@@ -1,0 +1,119 @@
+"""Watches the routers of a model: the decisions of one global batch, each forward pass once, summed over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_tied.layers.moe_layer import TiedMoELayer, tied_layers
+from megatron_tied.monitor.agreement import AgreementSums, agreement_sums, favourite
+from megatron_tied.monitor.routing import RoutingSums, routing_sums
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The routing of one global batch, the same on every rank, in host memory.
+
+    layers: by decoder layer. agreements: by tied bank. busiest: by layer, tokens (assignments) of the expert parallel
+    rank that had most of them, over the mean of all ranks.
+    """
+
+    layers: dict[int, RoutingSums]
+    agreements: dict[int, AgreementSums]
+    busiest: dict[int, float]
+
+
+class RoutingObserver:
+    """Notes what the routers of `model` decide while `observing`, and nothing else.
+
+    Recompute runs a layer a second time in backward: only forward passes under `observing` count.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self._layers = {layer.layer_index: layer for layer in tied_layers(model)}
+        self._is_observing = False
+        self._sums: dict[int, RoutingSums] = {}
+        self._agreements: dict[int, AgreementSums] = {}
+        self._waiting: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for layer in self._layers.values():
+            # Megatron-Core has no hook between a router's logits and its decisions.
+            layer.router.routing = partial(self._route, layer, layer.router.routing)
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """A forward pass of the model in this context counts."""
+        self._is_observing = True
+        try:
+            yield
+        finally:
+            self._is_observing = False
+            self._waiting.clear()
+
+    def _route(
+        self, layer: TiedMoELayer, routing: Callable[..., Any], logits: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        decided = routing(logits, *args, **kwargs)
+        if self._is_observing:
+            self._note(layer, logits.detach(), *(tensor.detach() for tensor in decided[:2]))
+        return decided
+
+    def _note(self, layer: TiedMoELayer, logits: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor) -> None:
+        config, index = layer.config, layer.layer_index
+        if config.moe_pad_expert_input_to_capacity:
+            # The map then marks places that no token fills, too.
+            routing_map = routing_map & (probs != 0)
+        sums = routing_sums(
+            logits.flatten(0, -2),
+            routing_map,
+            top_k=config.moe_router_topk,
+            score_function=config.moe_router_score_function,
+        )
+        self._sums[index] = self._sums[index] + sums if index in self._sums else sums
+        bank = layer.bank
+        if bank.is_tied:
+            waiting = self._waiting.setdefault(bank.index, [])
+            waiting.append((routing_map, favourite(probs, routing_map, index)))
+            if len(waiting) == bank.size:
+                self._compare(bank.index)
+
+    def _compare(self, bank: int) -> None:
+        maps, favourites = zip(*self._waiting.pop(bank), strict=True)
+        sums = agreement_sums(maps, favourites)
+        self._agreements[bank] = self._agreements[bank] + sums if bank in self._agreements else sums
+
+    @torch.no_grad()
+    def take(self) -> Observation:
+        """What was noted since the last call, over the global batch; a collective."""
+        layers, banks = sorted(self._sums), sorted(self._agreements)
+        received = self._received(layers)
+        parts = [self._sums[layer].sums for layer in layers] + [self._agreements[bank].sums for bank in banks]
+        sums = torch.cat([*parts, received])
+        largest = torch.cat([torch.stack([self._sums[layer].max_logit.double() for layer in layers]), received])
+        # Sequence parallel routers see different tokens, too.
+        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(sums, group=group)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+        *parts, received = sums.cpu().split([*(part.numel() for part in parts), len(layers)])
+        max_logits, most = largest.cpu().chunk(2)
+        agreements = zip(banks, parts[len(layers) :], strict=True)
+        observation = Observation(
+            layers={layer: RoutingSums(*of) for layer, *of in zip(layers, parts, max_logits, strict=False)},
+            agreements={bank: AgreementSums(sums, self._agreements[bank].layers) for bank, sums in agreements},
+            busiest=dict(zip(layers, (most * group.size() / received.clamp(min=1)).tolist(), strict=True)),
+        )
+        self._sums, self._agreements = {}, {}
+        return observation
+
+    def _received(self, layers: list[int]) -> torch.Tensor:
+        """The assignments that this rank's experts got in each layer, from all ranks of its expert parallel group."""
+        counts = torch.cat([self._sums[layer].counts for layer in layers])
+        group = parallel_state.get_expert_model_parallel_group()
+        torch.distributed.all_reduce(counts, group=group)
+        by_layer = counts.split([self._sums[layer].num_experts for layer in layers])
+        return torch.stack([part.chunk(group.size())[group.rank()].sum() for part in by_layer])

@@ -1,0 +1,95 @@
+"""metrics.jsonl as series: what any reader of the file wants, in little memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_TOLD_EVERY = 1 << 20  # bytes
+
+
+class Series(NamedTuple):
+    """A metric over the steps: steps [n] int64, ascending, each once; values [n] float64, NaN for a logged null."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+class Table(NamedTuple):
+    """A table as it was last logged, by number of the layer or bank (as text): lists of numbers, or lists of such."""
+
+    step: int
+    content: Mapping[str, Any]
+
+
+class Lines(NamedTuple):
+    """All that could be read, and the number of lines that could not."""
+
+    series: Mapping[str, Series]
+    tables: Mapping[str, Table]
+    broken: int
+
+
+def read_lines(path: Path, on_read: Callable[[int], object] = lambda size: None) -> Lines:
+    """Read a metrics.jsonl, which may be growing. Of lines of one step the later wins, for each metric alone.
+
+    `on_read` is told now and then how many bytes have been read since it was last told. Raises OSError.
+    """
+    collected: dict[str, tuple[array, array]] = {}
+    tables: dict[str, Table] = {}
+    broken = untold = 0
+    with path.open("rb") as stream:
+        for line in stream:
+            untold += len(line)
+            if untold >= _TOLD_EVERY:
+                on_read(untold)
+                untold = 0
+            if not line.strip():
+                continue
+            metrics = _parse(line)
+            if metrics is None:
+                broken += 1
+            else:
+                _collect(metrics, collected, tables)
+    on_read(untold)
+    # One after the other out of the dict: arrays and series of all metrics at once would double the memory.
+    series = {name: _series(*collected.pop(name)) for name in list(collected)}
+    return Lines(series, tables, broken)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The object of a line with a step; None for anything else, such as half a line at the end of a live run."""
+    try:
+        metrics = json.loads(line)
+    except ValueError:
+        return None
+    return metrics if isinstance(metrics, dict) and type(metrics.get("step")) is int else None
+
+
+def _collect(metrics: dict[str, Any], collected: dict[str, tuple[array, array]], tables: dict[str, Table]) -> None:
+    step = metrics.pop("step")
+    for name, value in metrics.items():
+        if value is None or type(value) in (float, int):
+            if name not in collected:
+                collected[name] = array("q"), array("d")
+            steps, values = collected[name]
+            steps.append(step)
+            values.append(math.nan if value is None else value)
+        elif isinstance(value, dict) and (name not in tables or step >= tables[name].step):
+            tables[name] = Table(step, value)
+
+
+def _series(steps: array, values: array) -> Series:
+    step_array, value_array = np.frombuffer(steps, np.int64), np.frombuffer(values, np.float64)
+    if (np.diff(step_array) > 0).all():
+        return Series(step_array, value_array)
+    order = np.argsort(step_array, kind="stable")
+    step_array, value_array = step_array[order], value_array[order]
+    is_last = np.append(np.diff(step_array) > 0, True)
+    return Series(step_array[is_last], value_array[is_last])

@@ -1,0 +1,97 @@
+"""Runs for the monitoring's tests, in one process: `monitored_runs CONFIG DIRECTORY`.
+
+interrupted: fails three times after steps that its newest checkpoint does not have, and is started again each time.
+collapsed: all routers send every token to the same two experts. healthy: 500 steps of a small model. Each one's lines
+go to DIRECTORY/NAME.log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from megatron_tied import pretrain
+from megatron_tied.layers.moe_layer import tied_layers
+from megatron_tied.training import loop, run
+
+FAILS_AFTER = (5, 8, 11)
+INTERRUPTED = ["train.steps=12", "checkpoint.save_every=3", "monitor.every=1", "monitor.expensive_every=2"]
+COLLAPSED = [
+    *("train.steps=40", "monitor.every=1", "monitor.dead_window=20", "monitor.alerts.patience=5"),
+    *("model.moe_router_score_function=sigmoid", "model.moe_router_enable_expert_bias=true"),
+    *("model.moe_router_load_balancing_type=none", "model.moe_aux_loss_coeff=0.0"),
+    *("optimizer.lr=5e-4", "deepspeed.tensorboard.enabled=true"),
+]
+HEALTHY = [
+    *("train.steps=500", "train.eval_every=0", "monitor.every=2", "monitor.expensive_every=20"),
+    *("monitor.dead_window=100", "optimizer.lr=2e-3", "optimizer.warmup_steps=50"),
+]
+
+
+class Killed(Exception):
+    """Stands for whatever ends a process."""
+
+
+def failing(after: int) -> contextlib.AbstractContextManager:
+    """The run fails after step `after`, before it can save."""
+
+    def fail(engine: object, step: int, settings: object) -> None:
+        if step == after:
+            raise Killed
+
+    return mock.patch.object(loop, "check_consistency", fail)
+
+
+@contextlib.contextmanager
+def collapsed_routers() -> Iterator[None]:
+    """Every router prefers the first two experts whatever a token says."""
+    original = run.build_engine
+
+    def build(config):
+        engine, *rest = original(config)
+        for layer in tied_layers(engine.module):
+            layer.router.expert_bias[:2] = 100.0
+        return engine, *rest
+
+    with mock.patch.object(run, "build_engine", build):
+        yield
+
+
+def main(config: str, directory: str) -> None:
+    from megatron.core import parallel_state  # `run` has prepared the host for it
+
+    # DeepSpeed keeps the group of all processes for the life of a process: it is joined once, and left at the end.
+    run.join_processes()
+    run.join_processes = lambda: None
+    leave = torch.distributed.destroy_process_group
+    torch.distributed.destroy_process_group = lambda group=None: None if group is None else leave(group)
+
+    def train(name: str, overrides: list[str]) -> None:
+        place = Path(directory, name)
+        with place.with_suffix(".log").open("a") as log, contextlib.redirect_stderr(log):
+            try:
+                code = pretrain.main(["--config", config, f"train.run_dir={place}", *overrides])
+                assert code == 0, place.with_suffix(".log").read_text()
+            finally:
+                parallel_state.destroy_model_parallel()
+
+    def interrupted(start: Callable[[], None]) -> None:
+        for step in FAILS_AFTER:
+            with failing(step), contextlib.suppress(Killed):
+                start()
+        start()
+
+    interrupted(lambda: train("interrupted", INTERRUPTED))
+    with collapsed_routers():
+        train("collapsed", COLLAPSED)
+    train("healthy", HEALTHY)
+    leave()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
