@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from megatron_tied.engine.engine import TiedMoEEngine
 from megatron_tied.engine.partitions import gradients, weights
 from megatron_tied.layers.moe_layer import tied_layers
 from megatron_tied.platform import device
+
+_AT_ONCE = 2**22  # elements
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class Norms:
 
     @property
     def update_ratio(self) -> float:
-        """Update over weight norm."""
-        return self.update / self.weight
+        """Update over weight norm; NaN for a bank of zeros."""
+        return self.update / self.weight if self.weight else math.nan
 
 
 class BankNorms:
@@ -51,7 +54,7 @@ class BankNorms:
         """Note gradients and weights; after the last backward pass of a step."""
         scale = self._engine.loss_scale_now()
         reduced = gradients(self._engine, self._banks)
-        self._gradients = {name: _squared_norm(gradient) / scale**2 for name, gradient in reduced.items()}
+        self._gradients = {name: _squared_norm(gradient) / scale**2 for name, gradient in reduced}
         self._before = {name: part.clone() for name, part in weights(self._engine, self._banks).items()}
 
     @torch.no_grad()
@@ -67,14 +70,12 @@ class BankNorms:
         return {bank: Norms(*norms[bank]) for bank in sorted(set(self._banks.values()))}
 
     def _holders(self) -> int:
-        """How many ranks hold an element of a bank in their optimizer."""
-        is_sharded = parallel_state.get_expert_model_parallel_world_size() > 1
-        if self._engine.zero_optimization_stage() == 0:
-            if is_sharded:
-                return parallel_state.get_expert_data_parallel_world_size()
-            return torch.distributed.get_world_size()
-        return 1 if is_sharded else parallel_state.get_tensor_model_parallel_world_size()
+        """How many ranks hold an element of a bank in their optimizer: ZeRO leaves each to one."""
+        is_whole = self._engine.zero_optimization_stage() == 0
+        return parallel_state.get_expert_data_parallel_world_size() if is_whole else 1
 
 
 def _squared_norm(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+    # In parts: each is copied in float64.
+    parts = tensor.split(_AT_ONCE)
+    return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in parts]).sum()

@@ -47,14 +47,16 @@ def weights(engine: TiedMoEEngine, parameters: Iterable[str]) -> dict[str, torch
     }
 
 
-def gradients(engine: TiedMoEEngine, parameters: Iterable[str]) -> dict[str, torch.Tensor]:
+def gradients(engine: TiedMoEEngine, parameters: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """The reduced gradients of what `weights` returns, 1-D; between the last backward pass and the step.
 
-    With fp16 they carry the loss scale.
+    With fp16 they carry the loss scale. One at a time: at stage 3 each is a copy.
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     model = dict(engine.module.named_parameters())
-    found = {}
+    if torch.cuda.is_available():
+        # Offloaded gradients are copied to the host without waiting; DeepSpeed waits before it reads them itself.
+        torch.cuda.synchronize()
     for name, part in weights(engine, parameters).items():
         parameter = model[name]
         if stage == 0:
@@ -64,8 +66,7 @@ def gradients(engine: TiedMoEEngine, parameters: Iterable[str]) -> dict[str, tor
         else:
             gradient = optimizer.get_local_fp32_grad_for_param(parameter)
         # Stage 3 pads the last rank's part.
-        found[name] = gradient.reshape(-1)[: part.numel()]
-    return found
+        yield name, gradient.reshape(-1)[: part.numel()]
 
 
 def optimizer_scalars(engine: TiedMoEEngine) -> dict[str, float]:

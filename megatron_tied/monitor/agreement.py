@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,26 +33,33 @@ class AgreementSums:
         return AgreementSums(self.sums + other.sums, self.layers)
 
 
-def favourite(probs: torch.Tensor, routing_map: torch.Tensor, layer: int) -> torch.Tensor:
-    """The chosen expert with the largest weight, [tokens]; where all were dropped a value no other layer has."""
-    best = probs.masked_fill(~routing_map, -1.0).argmax(-1)
-    return torch.where(routing_map.any(-1), best, -1 - layer)
-
-
 @torch.no_grad()
-def agreement_sums(routing_maps: Sequence[torch.Tensor], favourites: Sequence[torch.Tensor]) -> AgreementSums:
-    """The sums of one forward pass; per layer a routing map [tokens, experts] bool and favourites [tokens]."""
-    maps, best = torch.stack(list(routing_maps)), torch.stack(list(favourites))
-    # Row by row: all pairs at once would take g times the memory.
-    common = torch.stack([(one & maps).sum((1, 2), dtype=torch.float64) for one in maps])
-    equal = torch.stack([(one == best).sum(1, dtype=torch.float64) for one in best])
-    distinct = maps.any(0).sum(dtype=torch.float64)
-    last = torch.stack([distinct, distinct.new_tensor(maps.shape[1])])
-    return AgreementSums(torch.cat([common.flatten(), equal.flatten(), last]), len(maps))
+def agreement_sums(chosen: Sequence[torch.Tensor], favourites: Sequence[torch.Tensor]) -> AgreementSums:
+    """The sums of one forward pass; per layer its chosen experts [tokens, experts] bool and favourites [tokens]."""
+    used = chosen[0].clone()
+    for other in chosen[1:]:
+        used |= other
+    distinct = _count(used)
+    tokens = distinct.new_full((), len(used))
+    common, equal = _of_pairs(torch.logical_and, chosen), _of_pairs(torch.eq, favourites)
+    return AgreementSums(torch.stack([*common, *equal, distinct, tokens]), len(chosen))
+
+
+def _of_pairs(
+    compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], layers: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """How often `compare` holds, for all pairs of layers, row by row; one at a time, for the sake of memory."""
+    places = range(len(layers))
+    counts = {(i, j): _count(compare(layers[i], layers[j])) for i in places for j in places[i:]}
+    return [counts[min(i, j), max(i, j)] for i in places for j in places]
+
+
+def _count(marks: torch.Tensor) -> torch.Tensor:
+    return marks.count_nonzero().double()
 
 
 def overlap_matrix(sums: AgreementSums, top_k: int) -> torch.Tensor:
-    """|A and B| / k of every pair of layers, mean over tokens, [g, g]; 1 on the diagonal where nothing is dropped."""
+    """|A and B| / k of every pair of layers, mean over tokens, [g, g]; 1 on the diagonal."""
     return sums.common / (sums.sums[-1] * top_k)
 
 

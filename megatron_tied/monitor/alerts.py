@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from megatron_tied.monitor.sinks import tensorboard_tag
+from megatron_tied.monitor.sinks import numbered, tensorboard_tag
 from megatron_tied.topology import Bank, TieTopology
 
 _NORMS_REMEMBERED = 50
@@ -100,16 +100,16 @@ class Alerts:
             yield _Watch("grad_norm", _GradNormSpike(settings.grad_norm_spike).judge)
         for bank in topology.banks:
             if settings.dead_fraction is not None:
-                yield _Watch(f"bank_dead_fraction/{bank.index:02d}", partial(self._dead_experts, bank))
+                yield _Watch(numbered("bank_dead_fraction", bank.index), partial(self._dead_experts, bank))
             if settings.agreement is not None and bank.is_tied and self._has_choice(bank):
-                metric = f"agreement_overlap/{bank.index:02d}"
+                metric = numbered("agreement_overlap", bank.index)
                 yield _Watch(metric, partial(self._agreement, bank), steps=settings.patience)
             if settings.update_ratio is not None:
-                metric = f"bank_update_ratio/{bank.index:02d}"
+                metric = numbered("bank_update_ratio", bank.index)
                 yield _Watch(metric, partial(self._update_ratio, bank), in_a_row=_UPDATES_IN_A_ROW)
         for layer in topology.moe_layers:
             if settings.max_vio is not None and self._has_choice(topology.bank(layer)):
-                yield _Watch(f"layer_max_vio/{layer:02d}", partial(self._max_vio, layer), steps=settings.patience)
+                yield _Watch(numbered("layer_max_vio", layer), partial(self._max_vio, layer), steps=settings.patience)
 
     def _experts(self, bank: Bank) -> int:
         return self._run.topology.num_experts(bank, self._run.num_experts)
@@ -128,7 +128,8 @@ class Alerts:
         where = " in any layer" if bank.is_tied else ""
         return (
             f"{_name(bank)}: {dead} of {experts} experts ({share}) had no token{where} for "
-            f"{self._run.dead_window} steps. Look at load/banks and bank_load_min/{bank.index:02d} in TensorBoard. "
+            f"{self._run.dead_window} steps. Look at load/banks and {numbered('bank_load_min', bank.index)} in "
+            f"TensorBoard. "
             f"A higher model.moe_aux_loss_coeff usually helps. {_bound('dead_fraction')}"
         )
 
@@ -143,7 +144,7 @@ class Alerts:
         return (
             f"layer {layer} (bank {bank.index}): the busiest expert gets {max_vio + 1:.4g} times its even share of "
             f"tokens: MaxVio {max_vio:.4g} of at most {most:.4g} is above {bound:.4g}{self._for_long()}. "
-            f"Look at layer_max_vio/{layer:02d} and layer_dead_fraction/{layer:02d} in TensorBoard. "
+            f"Look at {numbered('layer_max_vio', layer)} and {numbered('layer_dead_fraction', layer)} in TensorBoard. "
             f"A higher model.moe_aux_loss_coeff usually helps. {_bound('max_vio')}"
         )
 
@@ -154,8 +155,9 @@ class Alerts:
         return (
             f"{_name(bank)}: its layers choose the same experts for the same token, the group works as one layer in a "
             f"loop: overlap {overlap:.4g} is above {bound:.4g}{self._for_long()}. "
-            f"Look at agreement_overlap/{bank.index:02d} in TensorBoard; if agreement_overlap_chance/{bank.index:02d} "
-            f"is as high, few experts get all tokens: see load/banks. "
+            f"Look at {numbered('agreement_overlap', bank.index)} in TensorBoard; if "
+            f"{numbered('agreement_overlap_chance', bank.index)} is as high, few experts get all tokens: see "
+            f"load/banks. "
             f"A smaller tie.group_size or a larger tie.num_tied_experts usually helps. {_bound('agreement')}"
         )
 
@@ -174,8 +176,9 @@ class Alerts:
             what, helps = f"below {low:.4g}", f"A higher optimizer.lr{divisor}"
         return (
             f"{_name(bank)}: its update is {ratio:.4g} times its weights (norms), {what}; {_UPDATES_IN_A_ROW} measured "
-            f"steps in a row were out of bounds. Look at bank_update_ratio/{bank.index:02d} and "
-            f"bank_gradient_norm/{bank.index:02d} in TensorBoard. {helps} usually helps. {_bound('update_ratio')}"
+            f"steps in a row were out of bounds. Look at {numbered('bank_update_ratio', bank.index)} and "
+            f"{numbered('bank_gradient_norm', bank.index)} in TensorBoard. {helps} usually helps. "
+            f"{_bound('update_ratio')}"
         )
 
 

@@ -21,9 +21,7 @@ def _numbered(*figures: str) -> tuple[str, ...]:
     return tuple(rf"^{figure}/\d+$" for figure in figures)
 
 
-# TensorBoard shows twelve charts of a dashboard on a page, and the rest on a page that nobody turns to.
-CHARTS_PER_PAGE = 12
-
+# At most twelve charts each: TensorBoard shows the rest on a second page, which nobody turns to.
 DASHBOARDS: Layout = {
     "Training": {
         "Loss: training and validation": _exactly("train/lm_loss", "validation/validation_loss"),

@@ -11,15 +11,10 @@ from megatron_tied.monitor.agreement import agreement, chance, overlap_matrix
 from megatron_tied.monitor.dead_experts import LastUse
 from megatron_tied.monitor.observer import Observation
 from megatron_tied.monitor.routing import RoutingSums, relative_load, routing_figures
-from megatron_tied.monitor.sinks import Tables
+from megatron_tied.monitor.sinks import Tables, numbered
 from megatron_tied.topology import Bank, TieTopology
 
 _DIGITS = 5
-
-
-def number(index: int) -> str:
-    """A layer or bank in the name of a metric: two digits or more, so that names sort."""
-    return f"{index:02d}"
 
 
 def routing_metrics(
@@ -46,8 +41,8 @@ def routing_metrics(
     }
     return {
         **_over_layers(layers),
-        **{f"layer_{name}/{number(at)}": value for at, of in layers.items() for name, value in of.items()},
-        **{f"bank_{name}/{number(at)}": value for at, of in banks.items() for name, value in of.items()},
+        **{numbered(f"layer_{name}", at): value for at, of in layers.items() for name, value in of.items()},
+        **{numbered(f"bank_{name}", at): value for at, of in banks.items() for name, value in of.items()},
         **_agreements(observation, topology, top_k),
     }
 
@@ -85,8 +80,8 @@ def _agreements(observation: Observation, topology: TieTopology, top_k: int) -> 
         experts = observation.layers[topology.banks[bank].owner].num_experts
         by_chance = chance(sums.layers, top_k=top_k, experts=experts)
         for name, value in agreement(sums, top_k=top_k, experts=experts).items():
-            found[f"agreement_{name}/{number(bank)}"] = value
-            found[f"agreement_{name}_chance/{number(bank)}"] = by_chance[name]
+            found[numbered(f"agreement_{name}", bank)] = value
+            found[numbered(f"agreement_{name}_chance", bank)] = by_chance[name]
     return found
 
 

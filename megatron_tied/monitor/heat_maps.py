@@ -115,6 +115,8 @@ def _draw_agreement(axes: Axes, matrix: NDArray[np.float64], layers: Sequence[in
     axes.set_xticks(ticks, layers)
     axes.set_yticks(ticks, layers)
     axes.tick_params(labelsize=_TEXT_SIZE)
+    if len(matrix) > _MOST_LABELS:
+        return  # numbers would be too small to read, and take seconds to draw
     for (row, column), value in np.ndenumerate(matrix):
         colour = "white" if (value - lowest) / (1 - lowest) > _LIGHT_TEXT_FROM else "black"
         axes.text(column, row, _short(value), ha="center", va="center", color=colour, fontsize=_TEXT_SIZE)

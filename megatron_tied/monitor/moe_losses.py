@@ -12,6 +12,8 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_tied.platform import device
+
 _TRACKED = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
@@ -42,8 +44,7 @@ def take_moe_losses(config: TransformerConfig, moe_layers: int, micro_batches: i
     balancing = _coefficients(config)
     names = [_TRACKED[kind] for kind in balancing] + ["z_loss"]
     tracker = get_moe_layer_wise_logging_tracker()
-    device = torch.device("cpu") if not torch.cuda.is_available() else torch.cuda.current_device()
-    sums = torch.stack([_layer_sum(tracker.get(name), device) for name in names])
+    sums = torch.stack([_layer_sum(tracker.get(name)) for name in names])
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     torch.distributed.all_reduce(sums, group=group)
     clear_aux_losses_tracker()
@@ -62,11 +63,11 @@ def _coefficients(config: TransformerConfig) -> dict[str, float]:
     return {kind: coefficient for kind, coefficient in pairs if kind in _TRACKED and coefficient}
 
 
-def _layer_sum(entry: dict | None, device: torch.device) -> torch.Tensor:
+def _layer_sum(entry: dict | None) -> torch.Tensor:
     if entry is None:
-        return torch.zeros((), device=device)
+        return torch.zeros((), device=device())
     values = entry["values"].sum()
     # Tensor and context parallel ranks have parts of one balancing loss, but a z-loss each.
     if entry.get("reduce_group") is not None:
         torch.distributed.all_reduce(values, group=parallel_state.get_tensor_and_context_parallel_group())
-    return values.to(device)
+    return values.to(device())

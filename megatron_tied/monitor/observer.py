@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_tied.layers.moe_layer import TiedMoELayer, tied_layers
-from megatron_tied.monitor.agreement import AgreementSums, agreement_sums, favourite
+from megatron_tied.monitor.agreement import AgreementSums, agreement_sums
 from megatron_tied.monitor.routing import RoutingSums, routing_sums
 
 
@@ -65,12 +67,17 @@ class RoutingObserver:
 
     def _note(self, layer: TiedMoELayer, logits: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor) -> None:
         config, index = layer.config, layer.layer_index
+        logits = logits.flatten(0, -2)
+        kept = routing_map
         if config.moe_pad_expert_input_to_capacity:
             # The map then marks places that no token fills, too.
-            routing_map = routing_map & (probs != 0)
+            kept = routing_map & (probs != 0)
+        if config.moe_expert_capacity_factor is not None:
+            probs, routing_map = _before_dropping(layer.router, logits)
         sums = routing_sums(
-            logits.flatten(0, -2),
+            logits,
             routing_map,
+            kept,
             top_k=config.moe_router_topk,
             score_function=config.moe_router_score_function,
         )
@@ -78,7 +85,7 @@ class RoutingObserver:
         bank = layer.bank
         if bank.is_tied:
             waiting = self._waiting.setdefault(bank.index, [])
-            waiting.append((routing_map, favourite(probs, routing_map, index)))
+            waiting.append((routing_map, probs.masked_fill(~routing_map, -1.0).argmax(-1)))
             if len(waiting) == bank.size:
                 self._compare(bank.index)
 
@@ -90,30 +97,50 @@ class RoutingObserver:
     @torch.no_grad()
     def take(self) -> Observation:
         """What was noted since the last call, over the global batch; a collective."""
-        layers, banks = sorted(self._sums), sorted(self._agreements)
-        received = self._received(layers)
-        parts = [self._sums[layer].sums for layer in layers] + [self._agreements[bank].sums for bank in banks]
-        sums = torch.cat([*parts, received])
-        largest = torch.cat([torch.stack([self._sums[layer].max_logit.double() for layer in layers]), received])
+        layers, banks = self._sums, self._agreements
+        self._sums, self._agreements = {}, {}
+        received = _received(layers)
+        parts = [*(sums.sums for sums in layers.values()), *(sums.sums for sums in banks.values()), received]
+        largest = torch.stack([*(sums.max_logit.double() for sums in layers.values()), *received])
         # Sequence parallel routers see different tokens, too.
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-        torch.distributed.all_reduce(sums, group=group)
+        total = torch.cat(parts)
+        torch.distributed.all_reduce(total, group=group)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
-        *parts, received = sums.cpu().split([*(part.numel() for part in parts), len(layers)])
-        max_logits, most = largest.cpu().chunk(2)
-        agreements = zip(banks, parts[len(layers) :], strict=True)
-        observation = Observation(
-            layers={layer: RoutingSums(*of) for layer, *of in zip(layers, parts, max_logits, strict=False)},
-            agreements={bank: AgreementSums(sums, self._agreements[bank].layers) for bank, sums in agreements},
+        *totals, received = total.cpu().split([part.numel() for part in parts])
+        max_logits, most = largest.cpu().split(len(layers))
+        return Observation(
+            layers={
+                layer: RoutingSums(sums, max_logit)
+                for layer, sums, max_logit in zip(layers, totals[: len(layers)], max_logits, strict=True)
+            },
+            agreements={
+                bank: AgreementSums(sums, banks[bank].layers)
+                for bank, sums in zip(banks, totals[len(layers) :], strict=True)
+            },
             busiest=dict(zip(layers, (most * group.size() / received.clamp(min=1)).tolist(), strict=True)),
         )
-        self._sums, self._agreements = {}, {}
-        return observation
 
-    def _received(self, layers: list[int]) -> torch.Tensor:
-        """The assignments that this rank's experts got in each layer, from all ranks of its expert parallel group."""
-        counts = torch.cat([self._sums[layer].counts for layer in layers])
-        group = parallel_state.get_expert_model_parallel_group()
-        torch.distributed.all_reduce(counts, group=group)
-        by_layer = counts.split([self._sums[layer].num_experts for layer in layers])
-        return torch.stack([part.chunk(group.size())[group.rank()].sum() for part in by_layer])
+
+def _before_dropping(router: TopKRouter, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A router's probabilities and choices [tokens, experts] before capacity takes some: those it drops are its own."""
+    config = router.config
+    return topk_routing_with_score_function(
+        logits,
+        router.topk,
+        use_pre_softmax=config.moe_router_pre_softmax,
+        num_groups=config.moe_router_num_groups,
+        group_topk=config.moe_router_group_topk,
+        scaling_factor=config.moe_router_topk_scaling_factor,
+        score_function=router.score_function,
+        expert_bias=router.expert_bias,
+    )
+
+
+def _received(layers: Mapping[int, RoutingSums]) -> torch.Tensor:
+    """The assignments that this rank's experts got in each layer, from all ranks of its expert parallel group."""
+    counts = torch.cat([sums.kept for sums in layers.values()])
+    group = parallel_state.get_expert_model_parallel_group()
+    torch.distributed.all_reduce(counts, group=group)
+    by_layer = counts.split([sums.num_experts for sums in layers.values()])
+    return torch.stack([part.chunk(group.size())[group.rank()].sum() for part in by_layer])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 
-_SCALARS = 4
+_SCALARS = 3
 _QUANTILES = (0.5, 0.75, 0.95)
 
 
@@ -16,8 +16,9 @@ _QUANTILES = (0.5, 0.75, 0.95)
 class RoutingSums:
     """Sums over the tokens that one router (or the routers of one bank) has seen.
 
-    sums: [2 experts + 4] float64: assignments per expert, routing probability per expert, tokens, token entropy in
-    nats, squared logsumexp of the logits, assignments dropped. max_logit: the largest logit, a scalar.
+    sums: [3 experts + 3] float64: assignments chosen, and those of them kept (not dropped for lack of capacity), per
+    expert, routing probability per expert, tokens, token entropy in nats, squared logsumexp of the logits. max_logit:
+    the largest logit, a scalar.
     """
 
     sums: torch.Tensor
@@ -26,21 +27,26 @@ class RoutingSums:
     @property
     def num_experts(self) -> int:
         """Experts that were chosen from."""
-        return (self.sums.numel() - _SCALARS) // 2
+        return (self.sums.numel() - _SCALARS) // 3
 
     @property
     def counts(self) -> torch.Tensor:
-        """Assignments that each expert has processed, [experts]."""
+        """How often each expert was chosen, [experts]."""
         return self.sums[: self.num_experts]
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """The assignments that each expert has processed, [experts]."""
+        return self.sums[self.num_experts : 2 * self.num_experts]
 
     @property
     def probabilities(self) -> torch.Tensor:
         """Sum over tokens of the routing distribution, [experts]."""
-        return self.sums[self.num_experts : 2 * self.num_experts]
+        return self.sums[2 * self.num_experts : -_SCALARS]
 
     @property
     def scalars(self) -> torch.Tensor:
-        """Tokens, and sums of token entropy, of squared logsumexp, and of dropped assignments."""
+        """Tokens, and sums of token entropy and of squared logsumexp."""
         return self.sums[-_SCALARS:]
 
     def __add__(self, other: RoutingSums) -> RoutingSums:
@@ -49,21 +55,22 @@ class RoutingSums:
 
 @torch.no_grad()
 def routing_sums(
-    logits: torch.Tensor, routing_map: torch.Tensor, *, top_k: int, score_function: str = "softmax"
+    logits: torch.Tensor, chosen: torch.Tensor, kept: torch.Tensor, *, top_k: int, score_function: str = "softmax"
 ) -> RoutingSums:
     """The sums of one call of a router, on its device, without waiting for it.
 
-    logits [tokens, experts]; routing_map [tokens, experts] bool: what each token was assigned to and not dropped from.
+    logits [tokens, experts]; chosen, kept [tokens, experts] bool: the experts of each token, before and after dropping.
     """
-    tokens = logits.shape[0]
     logits = logits.float()
     distribution = routing_distribution(logits, top_k, score_function)
-    counts = routing_map.sum(0, dtype=torch.float64)
+    counts = chosen.sum(0, dtype=torch.float64)
+    # Filled on the device: a tensor made from a number of the host would be waited for.
+    tokens = counts.new_full((), len(logits))
     entropy = torch.special.entr(distribution).sum(dtype=torch.float64)
     squares = logits.logsumexp(-1).square().sum(dtype=torch.float64)
-    dropped = tokens * top_k - counts.sum()
-    scalars = torch.stack([counts.new_tensor(tokens), entropy, squares, dropped])
-    return RoutingSums(torch.cat([counts, distribution.sum(0, dtype=torch.float64), scalars]), logits.max())
+    probabilities = distribution.sum(0, dtype=torch.float64)
+    scalars = torch.stack([tokens, entropy, squares])
+    return RoutingSums(torch.cat([counts, kept.sum(0, dtype=torch.float64), probabilities, scalars]), logits.max())
 
 
 def routing_distribution(logits: torch.Tensor, top_k: int, score_function: str) -> torch.Tensor:
@@ -85,29 +92,28 @@ def routing_figures(sums: RoutingSums) -> dict[str, float]:
 
     balance_loss: E sum f_e P_e, f the share of assignments and P the mean distribution; 1 is even (arXiv:2101.03961).
     token_entropy: mean entropy of a token's distribution; mean_entropy: that of the mean distribution; both over
-    ln E. z_loss: mean squared logsumexp of the logits (arXiv:2202.08906). dropped: of all assignments, those that
-    capacity took.
+    ln E. z_loss: mean squared logsumexp of the logits (arXiv:2202.08906). dropped: the share of assignments that were
+    dropped for lack of capacity; all others are of what was chosen before that.
     """
-    counts, probabilities = sums.counts, sums.probabilities
-    tokens, entropy, squares, dropped = sums.scalars.tolist()
+    counts = sums.counts
+    tokens, entropy, squares = sums.scalars.tolist()
     assigned = counts.sum().item()
-    mean = probabilities / tokens
+    mean = sums.probabilities / tokens
     largest_entropy = math.log(sums.num_experts) or 1.0
-    shares = counts / assigned if assigned else counts
     return {
         **load_figures(counts),
-        "balance_loss": sums.num_experts * (shares * mean).sum().item(),
+        "balance_loss": sums.num_experts * (counts / assigned * mean).sum().item(),
         "token_entropy": entropy / tokens / largest_entropy,
         "mean_entropy": torch.special.entr(mean).sum().item() / largest_entropy,
         "max_logit": sums.max_logit.item(),
         "z_loss": squares / tokens,
-        "dropped": dropped / (assigned + dropped) if assigned + dropped else 0.0,
+        "dropped": 1.0 - sums.kept.sum().item() / assigned,
     }
 
 
 def relative_load(counts: torch.Tensor) -> torch.Tensor:
     """Each expert's assignments in multiples of their mean, [experts]: 1 is even, 0 is an expert without tokens."""
-    return counts / counts.mean() if counts.any() else torch.zeros_like(counts)
+    return counts / counts.mean()
 
 
 def load_figures(counts: torch.Tensor) -> dict[str, float]:

@@ -114,6 +114,7 @@ class Sinks:
 
     def __init__(self, *sinks: Sink):
         self._sinks = sinks
+        self._failing: set[Sink] = set()
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Hand `metrics` to every sink."""
@@ -135,9 +136,18 @@ class Sinks:
         for sink in self._sinks:
             try:
                 hand_on(sink)
-            except OSError as error:
-                # A full disk must not end a run that may still be saved elsewhere, or when there is space again.
-                logging.getLogger(__name__).warning("%s: not written: %s", what, error)
+                self._failing.discard(sink)
+            except Exception as error:
+                # Neither a full disk nor a chart that cannot be drawn may end a run that can still be saved.
+                if sink not in self._failing:
+                    text = "%s: %s not written, nor what follows until it works again: %s: %s"
+                    logging.getLogger(__name__).warning(text, type(sink).__name__, what, type(error).__name__, error)
+                self._failing.add(sink)
+
+
+def numbered(name: str, index: int) -> str:
+    """The metric `name` of one layer or bank: two digits or more, so that names sort."""
+    return f"{name}/{index:02d}"
 
 
 def tensorboard_tag(name: str) -> str:
@@ -154,7 +164,7 @@ def _until(step: int, lines: Iterator[bytes]) -> Iterator[tuple[bytes, dict[str,
             values = json.loads(line)
         except ValueError:
             continue
-        if isinstance(values, dict) and values.get("step", math.inf) <= step:
+        if isinstance(values, dict) and type(values.get("step")) is int and values["step"] <= step:
             yield line, values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,11 +15,11 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """What the host does, and queues on the current stream, in this context is timed."""
+        """What the host does in this context is timed, or, with a GPU, what it queues on the current stream."""
         if not torch.cuda.is_available():
             began = time.perf_counter()
             try:
@@ -33,11 +34,18 @@ class Stopwatch:
         finally:
             ended.record()
             self._events.append((began, ended))
+            self._add_finished()
 
     def take(self) -> float:
         """Seconds since the last call; waits for the device."""
-        for began, ended in self._events:
-            ended.synchronize()
-            self._seconds += began.elapsed_time(ended) / 1000
-        seconds, self._seconds, self._events = self._seconds, 0.0, []
+        while self._events:
+            self._events[-1][1].synchronize()
+            self._add_finished()
+        seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+    def _add_finished(self) -> None:
+        # Not all at the end: between two log lines there may be very many.
+        while self._events and self._events[0][1].query():
+            began, ended = self._events.popleft()
+            self._seconds += began.elapsed_time(ended) / 1000

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event
@@ -32,23 +33,39 @@ class TensorBoardSink:
 
     def __init__(self, directory: Path, description: RunDescription | None = None, done: int = 0):
         _describe(directory, description)
-        self._writer = SummaryWriter(str(directory), flush_secs=30, purge_step=done + 1)
+        self._directory = str(directory)
+        self._writer: SummaryWriter | None = SummaryWriter(self._directory, flush_secs=30, purge_step=done + 1)
         self._images = TableImages(description)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Add one point to each metric's chart."""
         self._images.note(metrics)
-        for name, value in metrics.items():
-            self._writer.add_scalar(tensorboard_tag(name), value, step)
+        with self._open_writer() as writer:
+            for name, value in metrics.items():
+                writer.add_scalar(tensorboard_tag(name), value, step)
 
     def write_tables(self, step: int, tables: Tables) -> None:
         """Add one image for each table."""
-        for tag, pixels in self._images.draw(step, tables).items():
-            self._writer.add_image(tag, pixels, step, dataformats="HWC")
+        images = self._images.draw(step, tables)
+        with self._open_writer() as writer:
+            for tag, pixels in images.items():
+                writer.add_image(tag, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    @contextmanager
+    def _open_writer(self) -> Iterator[SummaryWriter]:
+        """A writer that works: one that has failed once, its thread being dead, fails for ever."""
+        if self._writer is None:
+            self._writer = SummaryWriter(self._directory, flush_secs=30)
+        try:
+            yield self._writer
+        except Exception:
+            self._writer = None
+            raise
 
 
 def _describe(directory: Path, description: RunDescription | None) -> None:

@@ -31,6 +31,7 @@ class UseSiteGradients:
                 if sites:
                     self._sites[layer.bank.index] = sites
         self._samples: dict[SharedGradient, torch.Tensor] = {}
+        self._shares: dict[SharedGradient, float] = {}
 
     def begin(self) -> None:
         """Collect from the next backward pass on."""
@@ -41,6 +42,7 @@ class UseSiteGradients:
 
     def _add(self, site: SharedGradient, arrived: int, gradient: torch.Tensor) -> None:
         sample = _sample(gradient)
+        self._shares[site] = sample.numel() / gradient.numel()
         if site not in self._samples:
             self._samples[site] = sample.new_zeros(site.use_sites, sample.numel(), dtype=torch.float32)
         self._samples[site][arrived] += sample
@@ -53,18 +55,20 @@ class UseSiteGradients:
         """
         products = {}
         for bank, sites in self._sites.items():
-            product = 0.0
-            for site in sites:
-                site.on_add = None
-                # Backward reaches the last layer first.
-                gradients = self._samples[site].flip(0)
-                torch.distributed.all_reduce(gradients, group=parallel_state.get_expert_data_parallel_group())
-                gradients = gradients.double()
-                product = product + gradients @ gradients.t()
+            product = sum(map(self._product, sites))
             torch.distributed.all_reduce(product, group=parallel_state.get_expert_model_parallel_group())
             products[bank] = product.cpu()
         self._samples = {}
         return products
+
+    def _product(self, site: SharedGradient) -> torch.Tensor:
+        site.on_add = None
+        # Backward reaches the last layer first.
+        gradients = self._samples[site].flip(0)
+        torch.distributed.all_reduce(gradients, group=parallel_state.get_expert_data_parallel_group())
+        gradients = gradients.double()
+        # What a sample stands for: of a larger weight it is a smaller share.
+        return gradients @ gradients.t() / self._shares[site]
 
 
 def gradient_agreement(products: torch.Tensor) -> dict[str, float]:

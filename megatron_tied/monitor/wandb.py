@@ -92,7 +92,7 @@ def wandb_problem() -> Problem | None:
     """What is wrong with asking for Weights & Biases on this host, if anything."""
     if find_spec("wandb") is not None:
         return None
-    return Problem("monitor.wandb", "wandb", "package not installed: pip install wandb")
+    return Problem("monitor.wandb", "a run", "needs the package wandb: pip install wandb")
 
 
 def _run_id(directory: Path, description: RunDescription) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 _TOLD_EVERY = 1 << 20  # bytes
+_LARGEST_STEP = 2**63 - 1  # of an int64
 
 
 class Series(NamedTuple):
@@ -69,7 +70,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         metrics = json.loads(line)
     except ValueError:
         return None
-    return metrics if isinstance(metrics, dict) and type(metrics.get("step")) is int else None
+    if not isinstance(metrics, dict) or type(step := metrics.get("step")) is not int:
+        return None
+    return metrics if 0 <= step <= _LARGEST_STEP else None
 
 
 def _collect(metrics: dict[str, Any], collected: dict[str, tuple[array, array]], tables: dict[str, Table]) -> None:

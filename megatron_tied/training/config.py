@@ -154,7 +154,7 @@ class MonitorConfig(Section):
     # sites, and heat maps (0: none), a multiple of the first.
     every: CountFromZero = 10
     expensive_every: CountFromZero = 100
-    # An expert without a token for so many steps counts as dead.
+    # An expert that no batch looked at has given a token for so many steps counts as dead.
     dead_window: Count = 500
     tensorboard: bool = True
     wandb: WandbConfig | None = None
@@ -295,10 +295,12 @@ class RunConfig(Section):
             yield Problem("checkpoint.save_every", self.checkpoint.save_every, valid)
 
     def _monitor_problems(self) -> Iterator[Problem]:
-        every, expensive = self.monitor.every, self.monitor.expensive_every
+        every, expensive, window = self.monitor.every, self.monitor.expensive_every, self.monitor.dead_window
         if every and expensive % every:
             valid = f"must be 0 or a multiple of monitor.every = {every}"
             yield Problem("monitor.expensive_every", expensive, valid)
+        if window < every:
+            yield Problem("monitor.dead_window", window, f"must be at least monitor.every = {every}")
 
     def offloads_to_nvme(self) -> bool:
         """Whether ZeRO keeps optimizer states or parameters on disks."""

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron_tied.data.datasets import Datasets
 from megatron_tied.data.sampler import GlobalBatchSampler, train_loader
 from megatron_tied.engine.engine import TiedMoEEngine
-from megatron_tied.monitor.sinks import Sinks
+from megatron_tied.monitor.sinks import Sinks, Tables
 from megatron_tied.platform import device
 from megatron_tied.training.checkpoints import Checkpoints
 from megatron_tied.training.config import RunConfig
@@ -49,8 +49,12 @@ def train(
     window = Window(config, engine, monitoring.constants, monitoring.step_time)
     latest: dict[str, Any] = {}
 
-    def log(step: int, metrics: dict[str, float]) -> None:
+    def log(step: int, metrics: dict[str, float], tables: Tables | None = None) -> None:
+        began = time.perf_counter()
         sinks.write(step, metrics)
+        if tables:
+            sinks.write_tables(step, tables)
+        window.pause(time.perf_counter() - began)
         latest.update(metrics)
         for alert in monitoring.alerts.check(step, metrics):
             progress.say(alert)
@@ -74,9 +78,7 @@ def train(
                 if is_first:
                     progress.say(plan.line(engine, metrics["tokens_per_second"]))
             if metrics:
-                log(step, metrics)
-            if tables:
-                sinks.write_tables(step, tables)
+                log(step, metrics, tables)
             if _is_evaluation_step(config, datasets, step):
                 began = time.perf_counter()
                 held_out = _loader(config, datasets.validation, settings.eval_steps)

@@ -10,9 +10,9 @@ from megatron_tied.engine.engine import TiedMoEEngine
 from megatron_tied.monitor.alerts import Alerts, WatchedRun
 from megatron_tied.monitor.all_to_all import AllToAllMeter
 from megatron_tied.monitor.dead_experts import LastUse
-from megatron_tied.monitor.figures import number, routing_metrics, routing_tables
+from megatron_tied.monitor.figures import routing_metrics, routing_tables
 from megatron_tied.monitor.observer import RoutingObserver
-from megatron_tied.monitor.sinks import Tables
+from megatron_tied.monitor.sinks import Tables, numbered
 from megatron_tied.monitor.step_time import StepTime
 from megatron_tied.monitor.use_sites import UseSiteGradients, gradient_agreement
 from megatron_tied.training.config import RunConfig
@@ -29,6 +29,7 @@ class Monitoring:
         self, config: RunConfig, engine: TiedMoEEngine, last_use: LastUse, constants: Mapping[str, float] | None = None
     ):
         self._settings = config.monitor
+        self._engine = engine
         self._topology = config.topology()
         self._top_k = config.model.moe_router_topk
         self._last_use = last_use
@@ -73,8 +74,7 @@ class Monitoring:
         if not self._observes:
             return {}, {}
         observation = self._routing.take()
-        for layer, sums in observation.layers.items():
-            self._last_use.note(step, layer, sums.counts)
+        self._last_use.note(step, {layer: sums.counts for layer, sums in observation.layers.items()})
         metrics = routing_metrics(
             observation,
             self._topology,
@@ -91,15 +91,15 @@ class Monitoring:
     def _bank_metrics(self) -> dict[str, float]:
         metrics = {}
         for bank, norms in (self._norms.take() if self._norms is not None else {}).items():
-            metrics |= {
-                f"bank_weight_norm/{number(bank)}": norms.weight,
-                f"bank_gradient_norm/{number(bank)}": norms.gradient,
-                f"bank_update_norm/{number(bank)}": norms.update,
-                f"bank_update_ratio/{number(bank)}": norms.update_ratio,
-            }
+            metrics[numbered("bank_weight_norm", bank)] = norms.weight
+            metrics[numbered("bank_gradient_norm", bank)] = norms.gradient
+            # A step that was discarded is no update of size 0.
+            if self._engine.was_step_applied():
+                metrics[numbered("bank_update_norm", bank)] = norms.update
+                metrics[numbered("bank_update_ratio", bank)] = norms.update_ratio
         for bank, products in self._use_sites.take().items():
             for name, value in gradient_agreement(products).items():
-                metrics[f"bank_{name}/{number(bank)}"] = value
+                metrics[numbered(f"bank_{name}", bank)] = value
         return metrics
 
 

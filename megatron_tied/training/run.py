@@ -54,7 +54,7 @@ def _run(config: RunConfig, start: Start) -> None:
     directory = Path(config.train.run_dir)
     datasets = _datasets(config)
     engine, layout, figures = build_engine(config)
-    last_use = LastUse()
+    last_use = LastUse(config.monitor.every)
     state = RunState(config, engine, layout, last_use)
     if start.checkpoint is not None:
         state.restore(start.checkpoint)

@@ -106,7 +106,8 @@ class RunState:
         engine.micro_steps = step * engine.gradient_accumulation_steps()
         # The schedule is a function of the step: the rates of this config, not of the one that was saved.
         go_to(engine.lr_scheduler, trainer["schedule"])
-        self._last_use.restore(trainer.get("last_use", {}))
+        if saved := trainer.get("last_use"):
+            self._last_use.restore(saved)
         if (scaler := self._scaler()) is not None:
             for name, value in trainer["loss_scaler"].items():
                 setattr(scaler, name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,5 +52,9 @@ def overall(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """Write `summary` as JSON, atomically: a run with this file has finished."""
-    write_whole(path, json.dumps(summary, indent=2) + "\n")
+    """Write `summary` as JSON, atomically: a run with this file has finished. JSON has no NaN, which becomes null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in summary.items()
+    }
+    write_whole(path, json.dumps(finite, indent=2, allow_nan=False) + "\n")

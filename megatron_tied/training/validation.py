@@ -34,6 +34,7 @@ _VALID: Mapping[str, str] = {
     "greater_than": "> {gt}",
     "greater_than_equal": ">= {ge}",
     "less_than": "< {lt}",
+    "less_than_equal": "<= {le}",
 }
 
 

@@ -40,7 +40,7 @@ class Window:
         self._losses.append(loss)
 
     def pause(self, seconds: float) -> None:
-        """Leave `seconds` that went into something else, such as an evaluation, out of the speed."""
+        """Leave `seconds` that went into something else, an evaluation or writing, out of the speed."""
         self._began += seconds
 
     def close(self, step: int, learning_rates: dict[str, float]) -> dict[str, float]:

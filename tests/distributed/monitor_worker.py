@@ -95,7 +95,7 @@ def run(values: dict[str, Any], batches: Tensor) -> list[dict[str, Any]]:
     config = parse_config(values)
     with model_parallel(config.parallel.expert_model_parallel_size, config.parallel.tensor_model_parallel_size):
         engine, *_ = build_engine(config)
-        monitoring = Watched(config, engine, LastUse())
+        monitoring = Watched(config, engine, LastUse(every=1))
         monitoring.engine = engine
         decisions = Decisions(engine.module)
         loss_function = RecordingLoss(config.train.seq_length, decisions)
@@ -114,6 +114,7 @@ def run(values: dict[str, Any], batches: Tensor) -> list[dict[str, Any]]:
                     "after": whole(engine.module, full_weights(engine.module)),
                     "gradients": whole(engine.module, monitoring.gradients),
                     "grad_norm": float(engine.get_global_grad_norm()),
+                    "scale": engine.loss_scale_now(),
                     "time": monitoring.step_time.take(1, 1e9),
                 }
             )

@@ -16,16 +16,21 @@ Decisions = list[dict[int, list[dict[str, torch.Tensor]]]]
 class Layer:
     """The decisions of one layer over all ranks and micro-batches; one row a token, in the same order in each layer."""
 
-    def __init__(self, decisions: Decisions, layer: int, score_function: str = "softmax", pads: bool = False):
+    def __init__(self, decisions: Decisions, layer: int, model: dict[str, Any], top_k: int):
         of_ranks = [rank[layer] for rank in decisions]
         self.logits = self._joined(of_ranks, "logits").double().numpy()
         self.probs = self._joined(of_ranks, "probs").numpy()
-        self.chosen = self._joined(of_ranks, "map").numpy().astype(bool)
-        if pads:  # the map then marks places without a token, too
-            self.chosen &= self.probs > 0
+        self.kept = self._joined(of_ranks, "map").numpy().astype(bool)
+        if model.get("moe_pad_expert_input_to_capacity"):  # the map then marks places without a token, too
+            self.kept &= self.probs > 0
+        self.chosen = self.kept
+        if model.get("moe_expert_capacity_factor"):
+            self.chosen = np.argsort(np.argsort(-self.logits, axis=1), axis=1) < top_k
+            self.probs = self.logits
         self.experts = self.logits.shape[1]
         self.ranks = np.repeat(range(len(of_ranks)), [sum(len(call["map"]) for call in rank) for rank in of_ranks])
-        scores = np.exp(self.logits) if score_function == "softmax" else 1 / (1 + np.exp(-self.logits))
+        is_sigmoid = model.get("moe_router_score_function") == "sigmoid"
+        scores = 1 / (1 + np.exp(-self.logits)) if is_sigmoid else np.exp(self.logits)
         self.distribution = scores / scores.sum(1, keepdims=True)
 
     @staticmethod
@@ -36,7 +41,7 @@ class Layer:
 def pooled(layers: list[Layer]) -> Layer:
     """One layer that has decided all that these have."""
     one = object.__new__(Layer)
-    for name in ("logits", "probs", "chosen", "ranks", "distribution"):
+    for name in ("logits", "probs", "chosen", "kept", "ranks", "distribution"):
         setattr(one, name, np.concatenate([getattr(layer, name) for layer in layers]))
     one.experts = layers[0].experts
     return one
@@ -54,7 +59,6 @@ def figures(layer: Layer, top_k: int) -> dict[str, float]:
     mean_count = fmean(counts)
     load = sorted(count / mean_count for count in counts)
     mean_distribution = [fmean(layer.distribution[:, expert]) for expert in range(layer.experts)]
-    assignments = len(layer.logits) * top_k
     return {
         "load_min": load[0],
         "load_max": load[-1],
@@ -67,7 +71,7 @@ def figures(layer: Layer, top_k: int) -> dict[str, float]:
         "mean_entropy": -sum(p * math.log(p) for p in mean_distribution) / math.log(layer.experts),
         "max_logit": layer.logits.max(),
         "z_loss": fmean(squares),
-        "dropped": (assignments - sum(counts)) / assignments,
+        "dropped": 1 - layer.kept.sum() / (len(layer.logits) * top_k),
     }
 
 
@@ -85,7 +89,7 @@ def busiest(layer: Layer, ep: int) -> float:
     received = [0] * world
     per_rank = layer.experts // ep
     for token, rank in enumerate(layer.ranks):
-        for expert in np.flatnonzero(layer.chosen[token]):
+        for expert in np.flatnonzero(layer.kept[token]):
             received[rank // ep * ep + expert // per_rank] += 1
     return max(received) / fmean(received)
 
@@ -94,14 +98,14 @@ def agreement(layers: list[Layer], top_k: int) -> dict[str, float]:
     """The three measures of a tie group."""
     sets = [[set(np.flatnonzero(row)) for row in layer.chosen] for layer in layers]
     best = [
-        [max(chosen, key=lambda e, row=row: row[e], default=None) for chosen, row in zip(of, layer.probs, strict=True)]
+        [max(chosen, key=lambda e, row=row: row[e]) for chosen, row in zip(of, layer.probs, strict=True)]
         for of, layer in zip(sets, layers, strict=True)
     ]
     tokens, pairs = range(len(sets[0])), list(combinations(range(len(layers)), 2))
     distinct = fmean(len(set().union(*(of[token] for of in sets))) for token in tokens)
     most = min(len(layers) * top_k, layers[0].experts)
     return {
-        "top1": fmean(best[i][t] == best[j][t] and best[i][t] is not None for i, j in pairs for t in tokens),
+        "top1": fmean(best[i][t] == best[j][t] for i, j in pairs for t in tokens),
         "overlap": fmean(len(sets[i][t] & sets[j][t]) / top_k for i, j in pairs for t in tokens),
         "distinct": 1 - (distinct - top_k) / (most - top_k),
     }
@@ -113,7 +117,7 @@ def rows_to_other_ranks(layer: Layer, ep: int) -> int:
     return sum(
         expert // per_rank != rank % ep
         for token, rank in enumerate(layer.ranks)
-        for expert in np.flatnonzero(layer.chosen[token])
+        for expert in np.flatnonzero(layer.kept[token])
     )
 
 

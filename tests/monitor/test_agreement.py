@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_tied.monitor.agreement import agreement, agreement_sums, chance, favourite, overlap_matrix
+from megatron_tied.monitor.agreement import agreement, agreement_sums, chance, overlap_matrix
 
 
 def random_group(layers: int, tokens: int, experts: int, top_k: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     maps, favourites = [], []
-    for layer in range(layers):
+    for _ in range(layers):
         probs = torch.rand(tokens, experts, generator=generator)
         routing_map = torch.zeros(tokens, experts, dtype=torch.bool).scatter(1, probs.topk(top_k).indices, True)
         maps.append(routing_map)
-        favourites.append(favourite(probs * routing_map, routing_map, layer))
+        favourites.append(probs.argmax(1))
     return maps, favourites
 
 
@@ -40,14 +40,6 @@ def test_two_layers_by_hand():
     sums = agreement_sums([first, second], [torch.tensor([0, 1]), torch.tensor([1, 1])])
     assert agreement(sums, top_k=2, experts=4) == {"top1": 0.5, "overlap": 0.75, "distinct": 0.75}
     assert overlap_matrix(sums, 2).tolist() == [[1, 0.75], [0.75, 1]]
-
-
-def test_the_favourite_is_the_chosen_expert_with_the_largest_weight():
-    probs = torch.tensor([[0.2, 0.0, 0.7], [0.4, 0.6, 0.0], [0.0, 0.0, 0.0]])
-    routing_map = torch.tensor([[True, False, True], [True, False, False], [False, False, False]])
-    assert favourite(probs, routing_map, 5)[:2].tolist() == [2, 0]
-    # A token that was dropped in both layers is no agreement.
-    assert favourite(probs, routing_map, 5)[2] != favourite(probs, routing_map, 6)[2]
 
 
 @pytest.mark.parametrize(("layers", "experts", "top_k"), [(2, 16, 4), (4, 64, 8), (5, 8, 2)])

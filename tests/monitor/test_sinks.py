@@ -168,17 +168,27 @@ def test_all_sinks_get_everything_and_are_closed_after_an_error():
     assert [recorder.seen for recorder in recorders] == [EVERYTHING] * 2
 
 
-def test_a_sink_without_space_stops_neither_the_run_nor_the_other_sinks(caplog):
-    recorders = Recorder(OSError("no space left")), Recorder()
+@pytest.mark.parametrize("error", [OSError("no space left"), ValueError("cannot be drawn")])
+def test_a_sink_that_fails_stops_neither_the_run_nor_the_other_sinks_and_says_so_once(error, caplog):
+    recorders = Recorder(error), Recorder()
     with Sinks(*recorders) as sinks:
         sinks.write(1, {"loss": 1.0})
         sinks.write_tables(1, {"bank_load": {"0": [1.0]}})
     assert [recorder.seen for recorder in recorders] == [EVERYTHING] * 2
-    assert [record.getMessage() for record in caplog.records] == [
-        "metrics of step 1: not written: no space left",
-        "tables of step 1: not written: no space left",
-        "the last metrics: not written: no space left",
-    ]
+    text = f"Recorder: metrics of step 1 not written, nor what follows until it works again: {type(error).__name__}"
+    assert [record.getMessage() for record in caplog.records] == [f"{text}: {error}"]
+
+
+def test_a_sink_that_fails_again_after_it_worked_is_told_again(caplog):
+    recorder = Recorder(OSError("no space left"))
+    sinks = Sinks(recorder)
+    sinks.write(1, {"loss": 1.0})
+    recorder._error = None
+    sinks.write(2, {"loss": 1.0})
+    recorder._error = OSError("no space left")
+    sinks.write(3, {"loss": 1.0})
+    assert ["step 1 " in caplog.records[0].getMessage(), "step 3 " in caplog.records[1].getMessage()] == [True, True]
+    assert len(caplog.records) == 2
 
 
 def test_other_ranks_have_none():

@@ -60,3 +60,43 @@ def test_a_phase_that_fails_counts(clock: SimpleNamespace):
     with pytest.raises(ZeroDivisionError):
         fail()
     assert times.take(1, 1.0)["time/data"] == 1.0
+
+
+class Event:
+    """A CUDA event of a device that is done when the test says so."""
+
+    done_until = 0.0
+    clock = 0.0
+    waited = 0
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Event.clock
+
+    def query(self) -> bool:
+        return self.at <= Event.done_until
+
+    def synchronize(self) -> None:
+        Event.waited += 1
+        Event.done_until = max(Event.done_until, self.at)
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1000 * (other.at - self.at)
+
+
+def test_on_a_gpu_only_reading_waits_and_finished_events_are_let_go(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stopwatch.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(stopwatch.torch.cuda, "Event", Event)
+    watch = stopwatch.Stopwatch()
+    for second in range(100):
+        with watch.running():
+            Event.clock += 0.5
+        Event.clock += 1.0
+        Event.done_until = Event.clock - 10.0  # the device is behind
+        assert len(watch._events) < 10, second
+    assert Event.waited == 0
+    assert watch.take() == pytest.approx(50.0)
+    assert Event.waited == 1
+    assert watch.take() == 0.0

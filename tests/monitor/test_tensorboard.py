@@ -57,6 +57,21 @@ def test_scalars(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 2.5), (6, 1.5)]
 
 
+def test_a_writer_that_has_failed_is_replaced(tmp_path, monkeypatch):
+    sink = TensorBoardSink(tmp_path)
+    sink.write(1, {"loss": 1.0})
+
+    def fail(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(sink._writer, "add_scalar", fail)
+    with pytest.raises(OSError, match="no space"):
+        sink.write(2, {"loss": 2.0})
+    sink.write(3, {"loss": 3.0})
+    sink.close()
+    assert [event.step for event in read(tmp_path).Scalars("train/loss")][-1] == 3
+
+
 def test_a_run_that_goes_on_forgets_what_it_had_logged_later(tmp_path):
     for done, steps in ((0, (1, 2, 3)), (1, (2,))):
         with Sinks(TensorBoardSink(tmp_path, done=done)) as sinks:

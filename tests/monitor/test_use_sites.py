@@ -7,8 +7,12 @@ import math
 import pytest
 import torch
 
+from megatron_tied import TieConfig
+from megatron_tied.layers.banks import gradient_sites
+from megatron_tied.layers.moe_layer import tied_layers
 from megatron_tied.monitor import use_sites
-from megatron_tied.monitor.use_sites import gradient_agreement
+from megatron_tied.monitor.use_sites import UseSiteGradients, gradient_agreement
+from tests.tiny_model import build
 
 
 def products(*gradients: list[float]) -> torch.Tensor:
@@ -62,3 +66,21 @@ def test_a_sampled_cosine_is_near_the_whole_one(monkeypatch: pytest.MonkeyPatch)
     samples = torch.stack([use_sites._sample(gradient) for gradient in pair]).double()
     found = gradient_agreement(samples @ samples.t())
     assert found["gradient_cosine"] == pytest.approx(whole["gradient_cosine"], abs=0.02)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_weights_of_different_size_count_by_their_size(monkeypatch: pytest.MonkeyPatch):
+    """The gradients of one weight agree, those of another, half as large, are opposed: both sampled to one length."""
+    monkeypatch.setattr(use_sites, "_SAMPLE", 500)
+    model = build(TieConfig(banks=[0, 0]), num_layers=2)
+    sites = list(gradient_sites(next(tied_layers(model)).experts))
+    watch = UseSiteGradients(model)
+    watch.begin()
+    generator = torch.Generator().manual_seed(0)
+    for site, shape, sign in zip(sites, ((8, 32, 32), (8, 32, 16)), (1, -1), strict=True):
+        gradient = torch.randn(shape, generator=generator)
+        site.add(gradient.clone())
+        site.add(sign * gradient)
+    (found,) = map(gradient_agreement, watch.take().values())
+    assert found["gradient_cosine"] == pytest.approx(1 / 3, abs=0.06)
+    assert found["gradient_cancellation"] == pytest.approx(1 - math.sqrt(2 / 3), abs=0.03)

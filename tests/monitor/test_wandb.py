@@ -157,7 +157,7 @@ def test_problem(installed, monkeypatch):
     problem = wandb_problem()
     assert (problem is None) == installed
     if problem:
-        assert (problem.field, problem.valid) == ("monitor.wandb", "package not installed: pip install wandb")
+        assert (problem.field, problem.valid) == ("monitor.wandb", "needs the package wandb: pip install wandb")
 
 
 def test_the_package_itself_offline(tmp_path, monkeypatch, caplog):

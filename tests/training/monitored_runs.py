@@ -1,8 +1,8 @@
 """Runs for the monitoring's tests, in one process: `monitored_runs CONFIG DIRECTORY`.
 
 interrupted: fails three times after steps that its newest checkpoint does not have, and is started again each time.
-collapsed: all routers send every token to the same two experts. healthy: 500 steps of a small model. Each one's lines
-go to DIRECTORY/NAME.log.
+collapsed: all routers send every token to the same two experts. discarded: the first steps overflow. healthy: 500 steps
+of a small model. Each one's lines go to DIRECTORY/NAME.log.
 """
 
 from __future__ import annotations
@@ -27,8 +27,13 @@ COLLAPSED = [
     *("model.moe_router_load_balancing_type=none", "model.moe_aux_loss_coeff=0.0"),
     *("optimizer.lr=5e-4", "deepspeed.tensorboard.enabled=true"),
 ]
+DISCARDED = [
+    *("train.steps=4", "train.precision=fp16", "deepspeed.fp16.initial_scale_power=24"),
+    *("monitor.every=1", "monitor.expensive_every=1"),
+]
 HEALTHY = [
-    *("train.steps=500", "train.eval_every=0", "monitor.every=2", "monitor.expensive_every=20"),
+    *("train.steps=500", "train.eval_every=0", "train.global_batch_size=4"),
+    *("monitor.every=2", "monitor.expensive_every=20"),
     *("monitor.dead_window=100", "optimizer.lr=2e-3", "optimizer.warmup_steps=50"),
 ]
 
@@ -89,6 +94,7 @@ def main(config: str, directory: str) -> None:
     interrupted(lambda: train("interrupted", INTERRUPTED))
     with collapsed_routers():
         train("collapsed", COLLAPSED)
+    train("discarded", DISCARDED)
     train("healthy", HEALTHY)
     leave()
 

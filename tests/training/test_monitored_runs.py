@@ -70,6 +70,16 @@ def test_collapsed_routers_are_told_once_each(runs: Path):
     assert series(runs / "collapsed", "agreement_overlap/01")[-1] == 1
 
 
+def test_a_step_that_is_discarded_is_no_update_of_size_zero(runs: Path):
+    skipped = {int(step) for step in re.findall(r"step (\d+): skipped", (runs / "discarded.log").read_text())}
+    lines = {line["step"]: line for line in read_metrics(runs / "discarded") if "bank_weight_norm/01" in line}
+    assert skipped
+    assert list(lines) == [1, 2, 3, 4]
+    for step, line in lines.items():
+        assert ("bank_update_norm/01" in line) == ("bank_update_ratio/00" in line) == (step not in skipped)
+    assert alerts(runs, "discarded") == []
+
+
 def test_a_healthy_run_raises_no_alert(runs: Path):
     assert alerts(runs, "healthy") == []
     losses = series(runs / "healthy", "lm_loss")
