@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, clear_aux_losses_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
 
 from megatron_tied import TieConfig
 from megatron_tied.layers.moe_layer import tied_layers
@@ -234,13 +234,15 @@ def untied_gradients(
             source = name.replace(f"layers.{layer}.", f"layers.{BANKS.index(BANKS[layer])}.", 1)
             parameter.copy_(weights[source if ".mlp.experts." in name else name])
     micro_batches = batch.split(MICRO_BATCH)
+    get_moe_layer_wise_logging_tracker().clear()
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.tensor(1 / len(micro_batches)))
     mask = torch.ones(LENGTH, LENGTH).triu(1).bool()[None, None]
     for rows in micro_batches:
         tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         inputs = tokens, torch.arange(LENGTH).expand_as(tokens), mask, labels
         (loss(model, inputs) / len(micro_batches)).backward()
-    clear_aux_losses_tracker()
+    # It keeps the depth of the first model of a process.
+    get_moe_layer_wise_logging_tracker().clear()
     return {
         layer.layer_index: torch.cat([weight.grad.flatten() for weight in layer.experts.parameters()])
         for layer in tied_layers(model)
