@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def sync(path: Path) -> None:
@@ -21,9 +24,20 @@ def write_whole(path: Path, text: str, like: Path | None = None) -> None:
 
     Line endings stay as they are in `text`. like: a file whose mode it gets.
     """
+    with replacing(path, like) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+@contextmanager
+def replacing(path: Path, like: Path | None = None) -> Iterator[BinaryIO]:
+    """What is written into the stream becomes the content of `path` in one step, if the context ends without an error.
+
+    like: a file whose mode it gets.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8", newline="")
+        with partial.open("wb") as stream:
+            yield stream
         if like is not None:
             shutil.copymode(like, partial)
         sync(partial)

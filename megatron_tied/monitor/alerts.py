@@ -128,8 +128,8 @@ class Alerts:
         where = " in any layer" if bank.is_tied else ""
         return (
             f"{_name(bank)}: {dead} of {experts} experts ({share}) had no token{where} for "
-            f"{self._run.dead_window} steps. Look at load/banks and {numbered('bank_load_min', bank.index)} in "
-            f"TensorBoard. "
+            f"{self._run.dead_window} steps, in the batches looked at. Look at load/banks and "
+            f"{numbered('bank_load_min', bank.index)} in TensorBoard. "
             f"A higher model.moe_aux_loss_coeff usually helps. {_bound('dead_fraction')}"
         )
 

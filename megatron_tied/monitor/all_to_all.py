@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_tied.monitor.stopwatch import Stopwatch
+from megatron_tied.planner.hardware import GB
 from megatron_tied.platform import device
 
 
@@ -61,7 +62,7 @@ class AllToAllMeter:
         """
         if parallel_state.get_expert_model_parallel_world_size() == 1:
             return {}
-        found = torch.tensor([self._bytes / 1e9, self._stopwatch.take()], dtype=torch.float64, device=device())
+        found = torch.tensor([self._bytes / GB, self._stopwatch.take()], dtype=torch.float64, device=device())
         self._bytes = 0
         torch.distributed.all_reduce(found)
         gigabytes, seconds = (found / torch.distributed.get_world_size()).tolist()

@@ -38,12 +38,11 @@ class RoutingObserver:
     """
 
     def __init__(self, model: torch.nn.Module):
-        self._layers = {layer.layer_index: layer for layer in tied_layers(model)}
         self._is_observing = False
         self._sums: dict[int, RoutingSums] = {}
         self._agreements: dict[int, AgreementSums] = {}
         self._waiting: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for layer in self._layers.values():
+        for layer in tied_layers(model):
             # Megatron-Core has no hook between a router's logits and its decisions.
             layer.router.routing = partial(self._route, layer, layer.router.routing)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from megatron_tied.files import sync
+from megatron_tied.files import replacing
 
 Metrics = Mapping[str, float]
 
@@ -93,18 +92,11 @@ def forget_metrics_after(step: int, path: Path) -> dict[str, float | None]:
     last: dict[str, float | None] = {}
     if not path.is_file():
         return last
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        # Line by line: with tables for every layer, the file of a long run does not fit in memory.
-        with path.open("rb") as old, partial.open("wb") as new:
-            for line, values in _until(step, old):
-                new.write(line.rstrip(b"\r\n") + b"\n")
-                last |= {name: value for name, value in values.items() if not isinstance(value, (dict, list))}
-        sync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync(path.parent)
+    # Line by line: with tables for every layer, the file of a long run does not fit in memory.
+    with path.open("rb") as old, replacing(path) as new:
+        for line, values in _until(step, old):
+            new.write(line.rstrip(b"\r\n") + b"\n")
+            last |= {name: value for name, value in values.items() if not isinstance(value, (dict, list))}
     last.pop("step", None)
     return last
 

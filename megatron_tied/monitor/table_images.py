@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tied.monitor.description import RunDescription
-from megatron_tied.monitor.heat_maps import agreement_heat_maps, image, load_heat_map
 from megatron_tied.monitor.sinks import Metrics, Tables
 
 _CHANCE = "agreement_overlap_chance/"
@@ -33,6 +32,9 @@ class TableImages:
 
         Without a description, the layers of a bank are counted from 0.
         """
+        # Here, because matplotlib takes a third of a second to load, and only the first rank draws.
+        from megatron_tied.monitor.heat_maps import agreement_heat_maps, image, load_heat_map
+
         images = {
             tag: image(load_heat_map(tables[name], rows, step))
             for name, (tag, rows) in _LOADS.items()

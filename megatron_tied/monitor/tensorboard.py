@@ -121,6 +121,7 @@ def _write_events(directory: Path, number_and_mark: str, summaries: Sequence[Sum
     # TensorBoard reads files in the order of their names, each to its end before the next, and takes a file for
     # finished when there is a later one: process 0 comes before that of the scalars.
     name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.0.{number_and_mark}"
+    # Without "tfevents" in its name, by which TensorBoard would take it for a file of its own.
     partial = directory / f".{number_and_mark}.partial"
     with partial.open("wb") as file:
         records = RecordWriter(file)

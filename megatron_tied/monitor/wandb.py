@@ -88,11 +88,12 @@ class WandbSink:
             self._warned = True
 
 
-def wandb_problem() -> Problem | None:
+def wandb_problem(settings: Mapping[str, Any]) -> Problem | None:
     """What is wrong with asking for Weights & Biases on this host, if anything."""
     if find_spec("wandb") is not None:
         return None
-    return Problem("monitor.wandb", "a run", "needs the package wandb: pip install wandb")
+    valid = "must be null where the package wandb is not installed: pip install wandb"
+    return Problem("monitor.wandb", dict(settings), valid)
 
 
 def _run_id(directory: Path, description: RunDescription) -> str:

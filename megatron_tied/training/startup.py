@@ -91,7 +91,8 @@ def _local_problems(config: RunConfig) -> list[Problem]:
         vocab_size=config.model.vocab_size,
         seq_length=config.train.seq_length,
     )
-    if config.monitor.wandb is not None and torch.distributed.get_rank() == 0 and (problem := wandb_problem()):
+    wandb = config.monitor.wandb
+    if wandb and torch.distributed.get_rank() == 0 and (problem := wandb_problem(wandb.model_dump())):
         problems.append(problem)
     return problems + refused_by_deepspeed(config.deepspeed)
 

@@ -228,6 +228,7 @@ try:
     build("file/cache")
 except ConfigError as error:
     print(error.problems[0].valid)
+dist.destroy_process_group()
 """
 
 

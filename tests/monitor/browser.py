@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.training.runs import free_port
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -31,7 +32,7 @@ needs_browser = pytest.mark.skipif(
 @contextmanager
 def serve_tensorboard(directory: Path, start_within: float = 60) -> Iterator[str]:
     """The address of a TensorBoard that shows `directory`, on this host only; it ends with the context."""
-    port = _free_port()
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(directory), "--host", "127.0.0.1"]
     output = directory.parent / f"tensorboard-{port}.log"
@@ -64,12 +65,6 @@ def open_browser(width: int = 1400, height: int = 1000) -> Iterator[Chrome]:
         yield browser
     finally:
         browser.quit()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _wait_until_it_answers(address: str, process: subprocess.Popen, output: Path, limit: float) -> None:

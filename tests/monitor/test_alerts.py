@@ -46,8 +46,9 @@ def test_dead_experts_of_a_tie_group():
     assert lines == {
         2: [
             "ALERT step 2: bank 2 (layers 2 3 4 5): 3 of 16 experts (18.75 %, bound 0 %) had no token in any layer for "
-            "500 steps. Look at load/banks and bank_load_min/02 in TensorBoard. A higher model.moe_aux_loss_coeff "
-            "usually helps. To change the bound: monitor.alerts.dead_fraction (null: no alert)."
+            "500 steps, in the batches looked at. Look at load/banks and bank_load_min/02 in TensorBoard. A higher "
+            "model.moe_aux_loss_coeff usually helps. To change the bound: "
+            "monitor.alerts.dead_fraction (null: no alert)."
         ]
     }
 

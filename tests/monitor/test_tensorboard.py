@@ -105,7 +105,7 @@ def drawn_agreement(monkeypatch: pytest.MonkeyPatch, directory: Path, **told: An
         asked.update(layers={bank: tuple(numbers) for bank, numbers in layers.items()}, chance=chance, step=step)
         return Figure()
 
-    monkeypatch.setattr("megatron_tied.monitor.table_images.agreement_heat_maps", draw)
+    monkeypatch.setattr("megatron_tied.monitor.heat_maps.agreement_heat_maps", draw)
     with Sinks(TensorBoardSink(directory, **told)) as sinks:
         sinks.write(50, {"agreement_overlap_chance/02": 0.25, "agreement_overlap/02": 0.5, "loss": 1.0})
         sinks.write(50, {"agreement_overlap_chance/01": 0.125})

@@ -154,10 +154,11 @@ def test_a_package_that_is_not_there(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize("installed", [True, False])
 def test_problem(installed, monkeypatch):
     monkeypatch.setattr("megatron_tied.monitor.wandb.find_spec", lambda name: object() if installed else None)
-    problem = wandb_problem()
+    problem = wandb_problem({"project": "tied"})
     assert (problem is None) == installed
     if problem:
-        assert (problem.field, problem.valid) == ("monitor.wandb", "needs the package wandb: pip install wandb")
+        valid = "must be null where the package wandb is not installed: pip install wandb"
+        assert str(problem) == f"monitor.wandb = {{'project': 'tied'}}: {valid}"
 
 
 def test_the_package_itself_offline(tmp_path, monkeypatch, caplog):

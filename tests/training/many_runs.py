@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,21 +16,33 @@ from megatron_tied import pretrain
 from megatron_tied.training import run
 
 
-def main(config: str, runs: str) -> None:
-    """Runs all of them; the first that fails ends this rank with its exit code."""
-    from megatron.core import parallel_state  # `run` has prepared the host for it
-
-    # DeepSpeed keeps the group of all processes for the life of a process: it is joined once, and left at the end.
+@contextmanager
+def joined_once() -> Iterator[None]:
+    """DeepSpeed keeps the group of all processes for the life of a process: it is joined here, and left at the end."""
     run.join_processes()
     run.join_processes = lambda: None
     leave = torch.distributed.destroy_process_group
     torch.distributed.destroy_process_group = lambda group=None: None if group is None else leave(group)
-    for directory, overrides in json.loads(runs).items():
-        code = pretrain.main(["--config", config, f"train.run_dir={directory}", *overrides])
-        if code:
-            sys.exit(code)
-        parallel_state.destroy_model_parallel()
+    yield
     leave()
+
+
+def train(config: str, directory: str, overrides: list[str]) -> int:
+    """One run in this process, whatever has run in it before; returns its exit code."""
+    from megatron.core import parallel_state  # `run` has prepared the host for it
+
+    try:
+        return pretrain.main(["--config", config, f"train.run_dir={directory}", *overrides])
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def main(config: str, runs: str) -> None:
+    """Runs all of them; the first that fails ends this rank with its exit code."""
+    with joined_once():
+        for directory, overrides in json.loads(runs).items():
+            if code := train(config, directory, overrides):
+                sys.exit(code)
 
 
 if __name__ == "__main__":

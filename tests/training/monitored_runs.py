@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-import torch
-
-from megatron_tied import pretrain
 from megatron_tied.layers.moe_layer import tied_layers
 from megatron_tied.training import loop, run
+from tests.training.many_runs import joined_once, train
 
 FAILS_AFTER = (5, 8, 11)
 INTERRUPTED = ["train.steps=12", "checkpoint.save_every=3", "monitor.every=1", "monitor.expensive_every=2"]
@@ -68,35 +66,23 @@ def collapsed_routers() -> Iterator[None]:
 
 
 def main(config: str, directory: str) -> None:
-    from megatron.core import parallel_state  # `run` has prepared the host for it
+    """All of them, one after the other."""
 
-    # DeepSpeed keeps the group of all processes for the life of a process: it is joined once, and left at the end.
-    run.join_processes()
-    run.join_processes = lambda: None
-    leave = torch.distributed.destroy_process_group
-    torch.distributed.destroy_process_group = lambda group=None: None if group is None else leave(group)
-
-    def train(name: str, overrides: list[str]) -> None:
+    def start(name: str, overrides: list[str]) -> None:
         place = Path(directory, name)
         with place.with_suffix(".log").open("a") as log, contextlib.redirect_stderr(log):
-            try:
-                code = pretrain.main(["--config", config, f"train.run_dir={place}", *overrides])
-                assert code == 0, place.with_suffix(".log").read_text()
-            finally:
-                parallel_state.destroy_model_parallel()
+            code = train(config, str(place), overrides)
+        assert code == 0, place.with_suffix(".log").read_text()
 
-    def interrupted(start: Callable[[], None]) -> None:
+    with joined_once():
         for step in FAILS_AFTER:
             with failing(step), contextlib.suppress(Killed):
-                start()
-        start()
-
-    interrupted(lambda: train("interrupted", INTERRUPTED))
-    with collapsed_routers():
-        train("collapsed", COLLAPSED)
-    train("discarded", DISCARDED)
-    train("healthy", HEALTHY)
-    leave()
+                start("interrupted", INTERRUPTED)
+        start("interrupted", INTERRUPTED)
+        with collapsed_routers():
+            start("collapsed", COLLAPSED)
+        start("discarded", DISCARDED)
+        start("healthy", HEALTHY)
 
 
 if __name__ == "__main__":

@@ -58,8 +58,9 @@ def test_every_run_counts_the_same_parameters(runs: Path, reference_run: Run, na
 
 def test_a_logged_line_is_the_mean_of_its_steps(runs: Path, reference_run: Run):
     lines = read_metrics(runs / "rarely_logged")
-    assert [line["step"] for line in lines] == [4, 8, 12]
     assert not any("validation_loss" in line for line in lines)
+    lines = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in lines] == [4, 8, 12]
     for metric in ("loss", "lm_loss", "aux_loss", "z_loss"):
         each = series(reference_run.directory, metric)
         means = [mean(each[first : first + 4]) for first in (0, 4, 8)]
