@@ -1,12 +1,15 @@
-"""Prepares the host before any test imports Megatron-Core or DeepSpeed."""
+"""Prepares the host before any test imports Megatron-Core or DeepSpeed; fixtures of several rooms."""
 
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from megatron_tied.platform import prepare
+from tests.data.corpus import make_text, write_jsonl
+from tests.training.runs import Corpus, finish
 
 prepare()
 
@@ -25,3 +28,20 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Two data sets made by the `prepare-data` command."""
+    directory = tmp_path_factory.mktemp("corpus")
+    made = Corpus(directory / "a", directory / "b", directory / "a.model")
+    for prefix, seed, options in (
+        (made.a, 0, ("--train-tokenizer", "--vocab-size", "320")),
+        (made.b, 100, ("--tokenizer", str(made.tokenizer))),
+    ):
+        texts = [make_text(300, seed + number) for number in range(40)]
+        source = write_jsonl(prefix.with_suffix(".jsonl"), texts)
+        command = [sys.executable, "-m", "megatron_tied.cli.main", "prepare-data", "--workers", "1"]
+        done = finish([*command, "--input", str(source), "--output", str(prefix), *options])
+        assert done.code == 0, done.output
+    return made

@@ -13,12 +13,18 @@ from megatron_tied.engine import mpu
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.layers.moe_layer import tied_layers
 from megatron_tied.platform.cpu import skip_inference_kernel
+from megatron_tied.platform.rendezvous import listen_on_master_address, stay_on_this_host
 
 
 def start_distributed() -> None:
     """Start torch.distributed, and DeepSpeed's communication on top of it, each unless somebody has."""
     skip_inference_kernel()
+    store = None
+    if not torch.distributed.is_initialized():
+        stay_on_this_host()
+        store = listen_on_master_address()
     deepspeed.init_distributed(verbose=False)
+    del store  # torch.distributed holds it from here on
 
 
 def initialize_model_parallel(expert_model_parallel_size: int = 1, tensor_model_parallel_size: int = 1) -> None:

@@ -36,6 +36,12 @@ def prepare() -> None:
         no_transformer_engine.install_shims()
 
 
+def ranks_on_this_host() -> int:
+    """How many ranks the launcher has started here; 1 without a launcher."""
+    # The deepspeed launcher and torchrun name it differently.
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
 def share_host_threads(processes: int) -> None:
     """Divide the CPU's threads between this host's `processes`, unless OMP_NUM_THREADS already says how many.
 

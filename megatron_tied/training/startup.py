@@ -15,7 +15,7 @@ from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.files import write_whole
 from megatron_tied.models.gpt import transformer_config
 from megatron_tied.monitor.wandb import wandb_problem
-from megatron_tied.platform.host import share_host_threads
+from megatron_tied.platform.host import ranks_on_this_host, share_host_threads
 from megatron_tied.platform.quiet import quiet_deepspeed
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import save_config
@@ -30,8 +30,7 @@ def join_processes() -> None:
         os.environ |= alone | {"MASTER_PORT": str(_free_port())}
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # The deepspeed launcher and torchrun name it differently.
-    share_host_threads(int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    share_host_threads(ranks_on_this_host())
     quiet_deepspeed(int(os.environ["RANK"]))
     start_distributed()
 

@@ -1,0 +1,76 @@
+"""Where the ranks of a run meet: on the address that the launcher names, and on no other."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+
+import torch
+
+from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.platform.host import ranks_on_this_host
+
+_LOOPBACK = "lo"
+
+
+def stay_on_this_host() -> None:
+    """Where all ranks are on this host and meet on its loopback address, their collectives (gloo, NCCL) stay there too.
+
+    Interfaces that the environment names are left as they are.
+    """
+    if _is_one_host() and _is_loopback(os.environ.get("MASTER_ADDR", "")):
+        for backend in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{backend}_SOCKET_IFNAME", _LOOPBACK)
+
+
+def listen_on_master_address() -> torch.distributed.TCPStore | None:
+    """The store of the first rank, listening on MASTER_ADDR only; torch's own would listen on every interface.
+
+    torch.distributed takes it for its own while it is alive. None on other ranks, under torchrun, whose agent has
+    the store, and where the address is not one of this host's (a service's address in Kubernetes). Raises
+    `ConfigError` where another program holds the port.
+    """
+    if os.environ.get("RANK") != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        return None
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not address or not port or (_is_loopback(address) and not _is_one_host()):
+        return None
+    listener = _listener(address, int(port))
+    if listener is None:
+        return None
+    return torch.distributed.TCPStore(
+        address,
+        int(port),
+        is_master=True,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def _listener(address: str, port: int) -> socket.socket | None:
+    family, *_, found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    try:
+        return socket.create_server((found[0], port), family=family, backlog=socket.SOMAXCONN)
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            return None
+        if error.errno != errno.EADDRINUSE:
+            raise
+        valid = f"must be free on {socket.gethostname()}, and another program listens there: --master_port NUMBER"
+        raise ConfigError(Problem("MASTER_PORT", port, valid)) from None
+
+
+def _is_one_host() -> bool:
+    return ranks_on_this_host() == int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _is_loopback(address: str) -> bool:
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
