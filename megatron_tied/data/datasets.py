@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.lib.format import MAGIC_PREFIX
 
 from megatron_tied import platform
 from megatron_tied.data.checks import (
@@ -185,6 +186,9 @@ def _index_cache(root: Path, key: str) -> Iterator[Path]:
     place = _on_rank_0(root, lambda: ready if ready.is_dir() else _fresh_directory(root, key))
     if not all(_gathered(place.is_dir())):
         raise ConfigError(_problem(root, "must be in a file system that all ranks share"))
+    if foreign := _on_rank_0(root, lambda: _foreign_file(place)):
+        valid = f"must hold what Megatron-Core wrote; {foreign} is no NumPy array: remove it"
+        raise ConfigError(_problem(place, valid))
     try:
         yield place
     except BaseException:
@@ -194,6 +198,15 @@ def _index_cache(root: Path, key: str) -> Iterator[Path]:
     if place != ready:
         _gathered(True)  # every rank has opened its files
         _on_rank_0(root, lambda: _publish(place, ready))
+
+
+def _foreign_file(cache: Path) -> str | None:
+    """A file that NumPy would take for a pickle, and run what it says: Megatron-Core allows it to."""
+    for file in sorted(cache.glob("*.npy")):
+        with file.open("rb") as stream:
+            if stream.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:
+                return file.name
+    return None
 
 
 def _fresh_directory(root: Path, key: str) -> Path:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -32,6 +33,16 @@ def build(train: Any, **changes: Any) -> Datasets:
 
 def tokens_of(dataset: Any, count: int | None = None) -> list[list[int]]:
     return [dataset[index]["tokens"].tolist() for index in range(count or len(dataset))]
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
 
 
 def caches(prefix: Path) -> list[Path]:
@@ -159,6 +170,16 @@ def test_a_failed_build_leaves_no_index_cache(data_set: MakeData, monkeypatch: p
     with pytest.raises(Exception, match=r"no space left|Failed to write dataset materials"):
         build(a)
     assert caches(a) == []
+
+
+def test_a_pickle_in_the_index_cache_is_not_run(data_set: MakeData, tmp_path: Path) -> None:
+    a = data_set("a", TEXTS)
+    build(a)
+    index = next(caches(a)[0].glob("*shuffle_index.npy"))
+    index.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    with pytest.raises(ConfigError, match=rf"data.cache_dir = .*{index.name} is no NumPy array: remove it"):
+        build(a)
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_replaced_data_gets_a_new_index_cache(data_set: MakeData, tmp_path: Path, model: Path) -> None:
