@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,6 @@ from megatron_tied.checkpoint.manifest import BrokenCheckpointError, Manifest
 from megatron_tied.checkpoint.rectangles import RectanglesLoadPlanner, StateDict, state_dict
 from megatron_tied.checkpoint.storage import SafetensorsReader
 from megatron_tied.engine.partitions import WEIGHT, Fragment
-from megatron_tied.exchange import gather_json
 
 _T = TypeVar("_T")
 
@@ -39,9 +38,9 @@ def newest_sound(directory: CheckpointDirectory) -> Found:
     """Search `directory` from its newest checkpoint on; a collective."""
     passed_over = []
     try:
-        missing = on_rank_0(lambda: _missing_latest(directory))
-        if missing is not None:
-            raise BrokenCheckpointError(directory.root / LATEST, f"names {missing}, which is not there")
+        latest = on_rank_0(directory.latest)
+        if latest is not None and not on_rank_0(latest.is_dir):
+            raise BrokenCheckpointError(directory.root / LATEST, f"names {latest.name}, which is not there")
     except BrokenCheckpointError as error:
         passed_over.append(error)
     for step in on_rank_0(directory.steps):
@@ -50,11 +49,6 @@ def newest_sound(directory: CheckpointDirectory) -> Found:
         except BrokenCheckpointError as error:
             passed_over.append(error)
     return Found(None, passed_over)
-
-
-def _missing_latest(directory: CheckpointDirectory) -> str | None:
-    latest = directory.latest()
-    return None if latest is None or latest.is_dir() else latest.name
 
 
 def verified(path: Path) -> Checkpoint:
@@ -96,17 +90,18 @@ def saved_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def on_rank_0(action: Callable[[], _T]) -> _T:
     """What `action` finds on the first rank, for all: ranks may see a shared file system a moment apart; a collective.
 
-    Told to them as JSON. Raises `BrokenCheckpointError` on every rank if it does there, or if something cannot be read.
+    Raises `BrokenCheckpointError` on every rank if it does there, or if something cannot be read.
     """
-    outcome, failure = None, None
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            outcome = action()
+            outcome[0] = action()
         except (BrokenCheckpointError, OSError) as error:
-            failure = _told(error)
-    outcome, failure = gather_json([outcome, failure])[0]
-    _raise(failure)
-    return outcome
+            outcome[1] = _told(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise BrokenCheckpointError(*outcome[1])
+    return outcome[0]
 
 
 def _all_or_none(action: Callable[[], _T]) -> _T:
@@ -116,18 +111,15 @@ def _all_or_none(action: Callable[[], _T]) -> _T:
         result = action()
     except (BrokenCheckpointError, OSError) as error:
         failure = _told(error)
-    for found in gather_json(failure):
-        _raise(found)
+    failures: list[tuple[Path, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for found in failures:
+        if found is not None:
+            raise BrokenCheckpointError(*found)
     return result
 
 
-def _told(error: BrokenCheckpointError | OSError) -> list[str]:
+def _told(error: BrokenCheckpointError | OSError) -> tuple[Path, str]:
     if isinstance(error, BrokenCheckpointError):
-        return [str(error.path), error.cause]
-    return [error.filename or ".", f"cannot be read: {error.strerror}"]
-
-
-def _raise(told: list[str] | None) -> None:
-    if told is not None:
-        path, cause = told
-        raise BrokenCheckpointError(Path(path), cause)
+        return error.path, error.cause
+    return Path(error.filename or "."), f"cannot be read: {error.strerror}"

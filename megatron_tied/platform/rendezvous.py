@@ -6,7 +6,6 @@ import errno
 import ipaddress
 import os
 import socket
-from weakref import WeakValueDictionary
 
 import torch
 
@@ -14,7 +13,6 @@ from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.platform.host import ranks_on_this_host
 
 _LOOPBACK = "lo"
-_listening: WeakValueDictionary[tuple[str, str], torch.distributed.TCPStore] = WeakValueDictionary()
 
 
 def stay_on_this_host() -> None:
@@ -30,21 +28,19 @@ def stay_on_this_host() -> None:
 def listen_on_master_address() -> torch.distributed.TCPStore | None:
     """The store of the first rank, listening on MASTER_ADDR only; torch's own would listen on every interface.
 
-    torch.distributed takes it for its own while it is alive, and a second call gives it again. None on other ranks,
-    under torchrun, whose agent has the store, and where the address is not one of this host's (a service's address in
-    Kubernetes) or not one that other hosts reach. Raises `ConfigError` where another program holds the port.
+    torch.distributed takes it for its own while it is alive. None on other ranks, under torchrun, whose agent has
+    the store, and where the address is not one of this host's (a service's address in Kubernetes). Raises
+    `ConfigError` where another program holds the port.
     """
     if os.environ.get("RANK") != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
         return None
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    if not address or not port:
+    if not address or not port or (_is_loopback(address) and not _is_one_host()):
         return None
-    if (store := _listening.get((address, port))) is not None:
-        return store
     listener = _listener(address, int(port))
     if listener is None:
         return None
-    store = torch.distributed.TCPStore(
+    return torch.distributed.TCPStore(
         address,
         int(port),
         is_master=True,
@@ -52,14 +48,10 @@ def listen_on_master_address() -> torch.distributed.TCPStore | None:
         multi_tenant=True,
         master_listen_fd=listener.detach(),
     )
-    _listening[address, port] = store
-    return store
 
 
 def _listener(address: str, port: int) -> socket.socket | None:
     family, *_, found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-    if _is_loopback(found[0]) and not _is_one_host():
-        return None  # what /etc/hosts of this host says of its own name is not what others reach
     try:
         return socket.create_server((found[0], port), family=family, backlog=socket.SOMAXCONN)
     except OSError as error:

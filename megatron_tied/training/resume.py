@@ -47,9 +47,8 @@ def choose_start(config: RunConfig) -> Start:
 def _chosen(config: RunConfig) -> Start:
     mode = config.train.resume
     if mode == "never":
-        if on_rank_0(lambda: _is_used(config)):
-            valid = "holds an earlier run: name a new directory, or go on with it by train.resume=auto"
-            raise ConfigError(Problem("train.run_dir", config.train.run_dir, valid))
+        if problem := on_rank_0(lambda: _used(config)):
+            raise ConfigError(problem)
         start = Start()
     else:
         start = _automatic(config)
@@ -101,7 +100,7 @@ def _checked(config: RunConfig, start: Start) -> Start:
 
 def _named(path: str, field_name: str) -> Checkpoint:
     try:
-        return verified(Path(on_rank_0(lambda: str(resolve(Path(path))))))
+        return verified(on_rank_0(lambda: resolve(Path(path))))
     except BrokenCheckpointError as error:
         offered = _offered(Path(path))
         raise ConfigError(Problem(field_name, path, f"cannot be used: {error}{offered}")) from None
@@ -116,8 +115,11 @@ def _offered(path: Path) -> str:
     return ""
 
 
-def _is_used(config: RunConfig) -> bool:
-    return _has_metrics(config) or bool(checkpoint_directory(config).steps())
+def _used(config: RunConfig) -> Problem | None:
+    if not (_has_metrics(config) or checkpoint_directory(config).steps()):
+        return None
+    valid = "holds an earlier run: name a new directory, or go on with it by train.resume=auto"
+    return Problem("train.run_dir", config.train.run_dir, valid)
 
 
 def _has_metrics(config: RunConfig) -> bool:

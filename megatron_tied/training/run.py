@@ -22,7 +22,6 @@ from megatron_tied.monitor.tensorboard import TensorBoardSink
 from megatron_tied.monitor.wandb import WandbSink
 from megatron_tied.training.checkpoints import Checkpoints
 from megatron_tied.training.config import RunConfig
-from megatron_tied.training.liveness import Liveness
 from megatron_tied.training.loop import train
 from megatron_tied.training.monitoring import Monitoring
 from megatron_tied.training.plan_check import PlanCheck
@@ -38,22 +37,20 @@ def run(config: RunConfig) -> None:
     """Train as `config` says; its own problems must be checked. Raises `ConfigError` on every rank alike."""
     join_processes()
     try:
-        with Liveness(config.train.liveness_timeout, Path(config.train.run_dir)) as liveness:
-            config, start = prepare_run(config)
-            parallel = config.parallel
-            initialize_model_parallel(parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size)
-            check_model(config)
-            _say(_introduction(config))
-            for remark in start.remarks:
-                _say(remark)
-            _run(config, start, liveness)
+        config, start = prepare_run(config)
+        parallel = config.parallel
+        initialize_model_parallel(parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size)
+        check_model(config)
+        _say(_introduction(config))
+        for remark in start.remarks:
+            _say(remark)
+        _run(config, start)
     finally:
         torch.distributed.destroy_process_group()
 
 
-def _run(config: RunConfig, start: Start, liveness: Liveness) -> None:
+def _run(config: RunConfig, start: Start) -> None:
     started = time.monotonic()
-    liveness.step_done(start.step)
     directory = Path(config.train.run_dir)
     datasets = _datasets(config)
     engine, layout, figures = build_engine(config)
@@ -76,9 +73,7 @@ def _run(config: RunConfig, start: Start, liveness: Liveness) -> None:
         plan = PlanCheck(config, torch.distributed.get_world_size())
         constants = {"parameters_unique": figures["unique"], "parameters_untied": figures["untied"], **plan.metrics}
         monitoring = Monitoring(config, engine, last_use, constants)
-        step, metrics = train(
-            config, engine, datasets, sinks, checkpoints, signals, liveness, monitoring, plan, start.step
-        )
+        step, metrics = train(config, engine, datasets, sinks, checkpoints, signals, monitoring, plan, start.step)
     if step < config.train.steps:
         _say(f"stopped after step {step} of {config.train.steps}; to go on, start it again (train.resume: auto)")
         return

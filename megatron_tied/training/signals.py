@@ -26,12 +26,7 @@ class StopSignals:
         """The name of a signal that some rank has received, the same on every rank; a collective."""
         noted = torch.tensor([self._noted])
         torch.distributed.all_reduce(noted, op=torch.distributed.ReduceOp.MAX, group=self._group)
-        if not noted.item():
-            return None
-        # Schedulers signal more than once, and launchers pass it on late: it must not kill a run that saves and ends.
-        self._before = dict.fromkeys(_SIGNALS, signal.SIG_IGN)
-        self._restore()
-        return signal.Signals(noted.item()).name
+        return signal.Signals(noted.item()).name if noted.item() else None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = number
@@ -43,8 +38,5 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
