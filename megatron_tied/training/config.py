@@ -124,8 +124,6 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8
     warmup_steps: CountFromZero = 0
     clip_grad: NonNegative = 1.0
-    # What keeps the weights it begins with, and has no optimizer states.
-    freeze: tuple[Literal["norms"], ...] = ()
 
 
 class CheckpointConfig(Section):
@@ -317,10 +315,9 @@ class RunConfig(Section):
 
 
 def transformer_fields() -> Mapping[str, str]:
-    """The fields of Megatron-Core's TransformerConfig and of that of latent attention, with their annotations."""
+    """The fields of Megatron-Core's TransformerConfig, with their annotations as written."""
     modules = ("megatron.core.transformer.transformer_config", "megatron.core.model_parallel_config")
-    # Upstream's annotation leaves out None: queries that are not compressed.
-    return {**class_fields("MLATransformerConfig", *modules), "q_lora_rank": "Optional[int]"}
+    return class_fields("TransformerConfig", *modules)
 
 
 _SUPPORTED = "expert, tensor and data"
@@ -331,7 +328,6 @@ _NEVER = object()  # equal to nothing: no value of the key is harmless
 
 _REFUSED_MODEL_KEYS: Refusals = {
     "autocast_dtype": (None, "is set by train.precision"),
-    "cache_mla_latents": (False, "must be false: it is for inference"),
     "calculate_per_token_loss": (False, "must be false: the loss is a mean over each micro-batch"),
     "context_parallel_size": (1, _ONE_RANK),
     "delay_wgrad_compute": (False, _UNDER_DEEPSPEED),
@@ -340,6 +336,7 @@ _REFUSED_MODEL_KEYS: Refusals = {
     "gradient_accumulation_fusion": (False, _UNDER_DEEPSPEED),
     "hetereogenous_dist_checkpoint": (_NEVER, _SET_BY_US),
     "mtp_num_layers": (None, "must be left out: multi-token prediction is not supported"),
+    "multi_latent_attention": (False, "must be false: latent attention is not supported"),
     "overlap_moe_expert_parallel_comm": (False, "must be false: it needs Megatron's own schedules"),
     "perform_initialization": (_NEVER, _SET_BY_US),
     "sequence_parallel": (False, "must be left out: it comes with parallel.tensor_model_parallel_size > 1"),

@@ -85,9 +85,6 @@ def _automatic(config: RunConfig) -> Start:
 
 def _checked(config: RunConfig, start: Start) -> Start:
     path, manifest = start.checkpoint
-    if manifest.trainer.get("weights_only"):
-        valid = f"{path} was converted and holds weights only: begin a run with them by train.init_from={path}"
-        raise ConfigError(Problem("train.resume", config.train.resume, valid))
     problems = resume_problems(config, manifest.run, str(path))
     if manifest.step > config.train.steps:
         valid = f"must be at least {manifest.step}, the step of {path}"

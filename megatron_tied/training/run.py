@@ -22,7 +22,6 @@ from megatron_tied.monitor.tensorboard import TensorBoardSink
 from megatron_tied.monitor.wandb import WandbSink
 from megatron_tied.training.checkpoints import Checkpoints
 from megatron_tied.training.config import RunConfig
-from megatron_tied.training.freezing import freeze
 from megatron_tied.training.loop import train
 from megatron_tied.training.monitoring import Monitoring
 from megatron_tied.training.plan_check import PlanCheck
@@ -129,8 +128,7 @@ def build_engine(config: RunConfig) -> tuple[TiedMoEEngine, Layout, dict[str, in
     ds_config = config.deepspeed_config(torch.distributed.get_world_size())
     model = build_gpt_model(config.model, config.tie, seed=config.train.seed, precision=config.train.precision)
     figures = parameter_figures(model, config.topology())
-    freeze(model, settings.freeze)
-    layout = model_layout(model, zero_stage=ds_config["zero_optimization"]["stage"])
+    layout = model_layout(model, partitioned=ds_config["zero_optimization"]["stage"] > 0)
     groups = parameter_groups(model, lr=settings.lr, weight_decay=settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
     schedule = lr_schedule(optimizer, config.train.steps, settings)
