@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.lib.format import MAGIC_PREFIX
 
 from megatron_tied import platform
 from megatron_tied.data.checks import (
@@ -187,7 +186,7 @@ def _index_cache(root: Path, key: str) -> Iterator[Path]:
     if not all(_gathered(place.is_dir())):
         raise ConfigError(_problem(root, "must be in a file system that all ranks share"))
     if foreign := _on_rank_0(root, lambda: _foreign_file(place)):
-        valid = f"must hold what Megatron-Core wrote; {foreign} is no NumPy array: remove it"
+        valid = f"must hold what Megatron-Core wrote; {foreign} is no NumPy array: remove the directory"
         raise ConfigError(_problem(place, valid))
     try:
         yield place
@@ -201,12 +200,15 @@ def _index_cache(root: Path, key: str) -> Iterator[Path]:
 
 
 def _foreign_file(cache: Path) -> str | None:
-    """A file that NumPy would take for a pickle, and run what it says: Megatron-Core allows it to."""
-    for file in sorted(cache.glob("*.npy")):
-        with file.open("rb") as stream:
-            if stream.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:
-                return file.name
-    return None
+    """A file that is no array. Megatron-Core would have NumPy unpickle it, which runs what it says."""
+    return next((file.name for file in sorted(cache.glob("*.npy")) if not _is_array(file)), None)
+
+
+def _is_array(file: Path) -> bool:
+    try:
+        return isinstance(np.load(file, mmap_mode="r", allow_pickle=False), np.ndarray)
+    except (ValueError, EOFError):
+        return False
 
 
 def _fresh_directory(root: Path, key: str) -> Path:

@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import os
 import socket
+from typing import NamedTuple
 
 import torch
 
@@ -29,13 +30,14 @@ def listen_on_master_address() -> torch.distributed.TCPStore | None:
     """The store of the first rank, listening on MASTER_ADDR only; torch's own would listen on every interface.
 
     torch.distributed takes it for its own while it is alive. None on other ranks, under torchrun, whose agent has
-    the store, and where the address is not one of this host's (a service's address in Kubernetes). Raises
-    `ConfigError` where another program holds the port.
+    the store, and where the address is not one of this host's (a service's address in Kubernetes) or not one that
+    other hosts reach. Raises `ConfigError` where another program holds the port.
     """
     if os.environ.get("RANK") != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
         return None
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    if not address or not port or (_is_loopback(address) and not _is_one_host()):
+    # A name may mean loopback on its own host only: Debian writes `127.0.1.1 node0` into the hosts file of node0.
+    if not port or (_is_loopback(address) and not _is_one_host()):
         return None
     listener = _listener(address, int(port))
     if listener is None:
@@ -51,9 +53,11 @@ def listen_on_master_address() -> torch.distributed.TCPStore | None:
 
 
 def _listener(address: str, port: int) -> socket.socket | None:
-    family, *_, found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    found = _resolved(address)
+    if found is None:
+        return None
     try:
-        return socket.create_server((found[0], port), family=family, backlog=socket.SOMAXCONN)
+        return socket.create_server((found.address, port), family=found.family, backlog=socket.SOMAXCONN)
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:
             return None
@@ -67,10 +71,20 @@ def _is_one_host() -> bool:
     return ranks_on_this_host() == int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _is_loopback(address: str) -> bool:
-    if address == "localhost":
-        return True
+def _is_loopback(name: str) -> bool:
+    found = _resolved(name)
+    return found is not None and ipaddress.ip_address(found.address).is_loopback
+
+
+class _Resolved(NamedTuple):
+    family: socket.AddressFamily
+    address: str
+
+
+def _resolved(name: str) -> _Resolved | None:
+    """What `name` means on this host; None where it means nothing (yet): torch asks again for a while."""
     try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
+        family, *_, found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror:
+        return None
+    return _Resolved(family, found[0])

@@ -172,12 +172,17 @@ def test_a_failed_build_leaves_no_index_cache(data_set: MakeData, monkeypatch: p
     assert caches(a) == []
 
 
-def test_a_pickle_in_the_index_cache_is_not_run(data_set: MakeData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", ["pickle", "array of objects", "empty file"])
+def test_a_pickle_in_the_index_cache_is_not_run(data_set: MakeData, tmp_path: Path, write: str) -> None:
     a = data_set("a", TEXTS)
     build(a)
     index = next(caches(a)[0].glob("*shuffle_index.npy"))
-    index.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    with pytest.raises(ConfigError, match=rf"data.cache_dir = .*{index.name} is no NumPy array: remove it"):
+    trap = Trap(tmp_path / "sprung")
+    if write == "array of objects":
+        np.save(index, np.array([trap], dtype=object), allow_pickle=True)
+    else:
+        index.write_bytes(pickle.dumps(trap) if write == "pickle" else b"")
+    with pytest.raises(ConfigError, match=rf"data.cache_dir = .*{index.name} is no NumPy array: remove the directory"):
         build(a)
     assert not (tmp_path / "sprung").exists()
 

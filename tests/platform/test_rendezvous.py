@@ -27,7 +27,7 @@ total = torch.ones(2)
 torch.distributed.all_reduce(total, group=group)
 listening = [c.laddr for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
 torch.distributed.barrier()
-print(json.dumps([total.tolist(), [list(address) for address in listening]]))
+print(json.dumps([total.tolist(), [list(address) for address in listening], os.environ["GLOO_SOCKET_IFNAME"]]))
 torch.distributed.destroy_process_group()
 """
 
@@ -47,10 +47,10 @@ def test_one_host_listens_on_loopback_only() -> None:
     ]
     printed = [json.loads(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
-    for total, listening in printed:
-        assert total == [2.0, 2.0]
+    for total, listening, interface in printed:
+        assert (total, interface) == ([2.0, 2.0], "lo")  # where this host's name is not loopback, gloo needs to be told
         assert {address for address, _ in listening} == {"127.0.0.1"}
-    assert [port in {number for _, number in listening} for _, listening in printed] == [True, False]
+    assert [port in {number for _, number in listening} for _, listening, _ in printed] == [True, False]
 
 
 @pytest.fixture
@@ -86,6 +86,24 @@ def test_a_store_that_clients_reach(first_rank: pytest.MonkeyPatch) -> None:
 def test_nobody_listens_where_it_would_be_wrong(first_rank: pytest.MonkeyPatch, name: str, value: str) -> None:
     first_rank.setenv(name, value)
     assert listen_on_master_address() is None
+
+
+def test_a_name_that_means_loopback_on_its_own_host(first_rank: pytest.MonkeyPatch) -> None:
+    first_rank.setenv("MASTER_ADDR", "node0")
+    found = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))
+    first_rank.setattr(socket, "getaddrinfo", lambda *_, **__: [found])
+    first_rank.setenv("LOCAL_SIZE", "1")
+    assert listen_on_master_address() is None
+
+
+def test_a_name_that_means_nothing_yet(first_rank: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    first_rank.setattr(socket, "getaddrinfo", unknown)
+    assert listen_on_master_address() is None
+    stay_on_this_host()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
 def test_a_port_in_use_is_named(first_rank: pytest.MonkeyPatch) -> None:
