@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_tied.checkpoint.directory import CheckpointDirectory
+from megatron_tied.checkpoint.directory import how_to_go_on
 from megatron_tied.cli.report import BAD_INPUT, PATIENCE_SECONDS, report
 from megatron_tied.errors import ConfigError, Problem, TrainingStopped
+from megatron_tied.supervision.sweep import TOKEN_OPTION, TOKEN_VARIABLE
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import load_config
+from megatron_tied.training.exits import end_workers
+from megatron_tied.training.launcher import check_launcher, is_first_here
 
 STOPPED = 1
 INTERRUPTED = 130  # as shells say it
@@ -25,14 +28,24 @@ INTERRUPTED = 130  # as shells say it
 
 def main(argv: Sequence[str] | None = None) -> int:
     """One rank of a run; returns the exit code, the same on every rank: 2 for bad input, told once."""
-    rank = int(os.environ.get("RANK", 0))
     try:
-        config = _read_config(sys.argv[1:] if argv is None else argv)
+        check_launcher()
+        rank = int(os.environ.get("RANK", 0))
+        arguments = read_arguments(sys.argv[1:] if argv is None else argv)
+        if arguments.supervised:
+            os.environ[TOKEN_VARIABLE] = arguments.supervised  # known by it is what this process starts, too
+        config = _read_config(arguments)
     except ConfigError as error:
         # The hosts of a run may hold different files: the first rank of each tells what it found.
-        return _end(error, BAD_INPUT, told_here=int(os.environ.get("LOCAL_RANK", rank)) == 0)
+        return _end(error, BAD_INPUT, told_here=is_first_here())
     try:
         # Only now: what is wrong with a config is known in a second, torch and DeepSpeed take several.
+        if arguments.preflight:
+            from megatron_tied.doctor.preflight import preflight
+
+            meeting = preflight(config)  # to be held until training has ended
+            if meeting is None:
+                return BAD_INPUT
         from megatron_tied.training.run import run
 
         run(config)
@@ -42,24 +55,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(error, STOPPED, told_here=rank == 0)
     except KeyboardInterrupt:
         if rank == 0:
-            print(f"interrupted: {config.train.run_dir} {_newest_checkpoint(config)}", file=sys.stderr)
+            print(f"interrupted: {config.train.run_dir} {how_to_go_on(Path(config.train.run_dir))}", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        end_workers()
     return 0
 
 
-def _read_config(argv: Sequence[str]) -> RunConfig:
-    arguments = _parser().parse_intermixed_args(argv)
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line of a run, taken apart. Raises `ConfigError`."""
+    return _parser().parse_intermixed_args(argv)
+
+
+def _read_config(arguments: argparse.Namespace) -> RunConfig:
     config = load_config(arguments.config, arguments.overrides)
     if problems := config.problems(int(os.environ.get("WORLD_SIZE", 1))):
         raise ConfigError(problems)
     return config
-
-
-def _newest_checkpoint(config: RunConfig) -> str:
-    steps = CheckpointDirectory(Path(config.train.run_dir, "checkpoints")).steps()
-    if not steps:
-        return "has no checkpoint"
-    return f"has a checkpoint of step {steps[0]}; to go on after it, start it again (train.resume: auto)"
 
 
 def _end(error: ConfigError | TrainingStopped, code: int, *, told_here: bool) -> int:
@@ -82,8 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="megatron_tied.pretrain", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file with the run's sections")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace single values")
+    parser.add_argument("--preflight", action="store_true", help="first do what `megatron-tied doctor` does")
     # The deepspeed launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    # By which `megatron-tied supervise` knows the processes of its run.
+    parser.add_argument(TOKEN_OPTION, help=argparse.SUPPRESS)
     return parser
 
 

@@ -6,12 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from megatron_tied.platform import prepare
 from tests.data.corpus import make_text, write_jsonl
 from tests.training.runs import Corpus, finish
 
 prepare()
+
+# How long an example takes says nothing on a machine that others use, too.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # A shell starts its background jobs with SIGINT ignored, and what they start inherits it: tests press Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,16 +1,31 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the tests; arguments go to pytest. No GPU needed; slow and GPU tests: -m "slow or gpu".
+# Where it is root, it also installs what some tests need, from Debian; without it those tests are skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash examples/setup_venv.sh test
-# TensorBoard's pages and HTML reports are looked at in a browser; without one those tests are skipped.
-if ! command -v chromedriver >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-  echo "Installing Chromium for the browser tests ..."
-  { timeout 120 apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get -qq install -y --no-install-recommends \
-    chromium chromium-driver fonts-dejavu-core; } >/dev/null 2>&1 || echo "no Chromium: browser tests are skipped"
+
+packages=()
+needs() {  # PROGRAM PACKAGE...: the packages, where the program is not there
+  PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null || packages+=("${@:2}")
+}
+needs chromedriver chromium chromium-driver fonts-dejavu-core  # TensorBoard's pages and HTML reports
+needs ip iproute2; needs sshd openssh-server; needs pdsh pdsh; needs numactl numactl; needs hostname hostname  # a cluster
+needs shellcheck shellcheck; needs faketime faketime  # the latter brings libfaketime.so, for a skewed clock
+if [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  echo "Installing ${packages[*]} for the tests ..."
+  # No server of theirs is to start: the tests start their own, in namespaces.
+  policy=/usr/sbin/policy-rc.d
+  if [ ! -e "$policy" ]; then
+    trap 'rm -f "$policy"' EXIT
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod +x "$policy"
+  fi
+  { timeout 120 apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get -qq install -y \
+    --no-install-recommends "${packages[@]}"; } >/dev/null 2>&1 || echo "not installed: what needs them is skipped"
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 marker=(-m "not slow and not gpu")
 [ $# -eq 0 ] || marker=()
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec .venv/bin/python -m pytest "${marker[@]}" "$@"
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest "${marker[@]}" "$@"

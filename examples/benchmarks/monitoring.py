@@ -23,9 +23,10 @@ from megatron_tied.engine.engine import TiedMoEEngine
 from megatron_tied.engine.groups import initialize_model_parallel
 from megatron_tied.layers.moe_layer import tied_layers
 from megatron_tied.monitor.dead_experts import LastUse
-from megatron_tied.monitor.sinks import METRICS, JsonLinesSink, Sinks
+from megatron_tied.monitor.sinks import JsonLinesSink, Sinks
 from megatron_tied.monitor.tensorboard import TensorBoardSink
 from megatron_tied.platform import device
+from megatron_tied.run_directory import METRICS
 from megatron_tied.training.config import MonitorConfig
 from megatron_tied.training.config_file import load_config
 from megatron_tied.training.evaluation import LossFunction

@@ -21,6 +21,7 @@ from megatron_tied.checkpoint.directory import CheckpointDirectory
 from megatron_tied.checkpoint.manifest import Manifest
 from megatron_tied.checkpoint.saver import Saver
 from megatron_tied.engine.groups import initialize_model_parallel
+from megatron_tied.exchange import gather_json
 from megatron_tied.monitor.dead_experts import LastUse
 from megatron_tied.platform import device
 from megatron_tied.training.config_file import load_config
@@ -43,9 +44,8 @@ def main(path: str, *overrides: str) -> None:
     monitoring = Monitoring(config, engine, last_use := LastUse(config.monitor.every))
     state, loss_function = RunState(config, engine, layout, last_use), LossFunction(config.train.seq_length, device())
     group = torch.distributed.new_group(backend="gloo")
-    place = [tempfile.mkdtemp() if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(place, src=0)
-    directory = CheckpointDirectory(Path(place[0]))
+    made = tempfile.mkdtemp() if torch.distributed.get_rank() == 0 else None
+    directory = CheckpointDirectory(Path(gather_json(made)[0]))
     blocked: dict[bool, list[float]] = {}
     step = 0
     for in_background in (False, True):

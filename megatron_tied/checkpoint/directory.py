@@ -87,6 +87,14 @@ class CheckpointDirectory:
                 shutil.rmtree(doomed)
 
 
+def how_to_go_on(run_dir: Path) -> str:
+    """For a message about a run that has ended early: what it can go on from."""
+    steps = CheckpointDirectory(run_dir / "checkpoints").steps()
+    if not steps:
+        return "has no checkpoint"
+    return f"has a checkpoint of step {steps[0]}; to go on after it, start it again (train.resume: auto)"
+
+
 def resolve(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or what `latest` names in it or in its `checkpoints`.
 

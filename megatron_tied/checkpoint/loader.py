@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import load as load_state_dict
 
 from megatron_tied.checkpoint.directory import LATEST, CheckpointDirectory
 from megatron_tied.checkpoint.layout import model_layout
 from megatron_tied.checkpoint.manifest import BrokenCheckpointError, Manifest
-from megatron_tied.checkpoint.rectangles import RectanglesLoadPlanner, StateDict, state_dict
-from megatron_tied.checkpoint.storage import SafetensorsReader
+from megatron_tied.checkpoint.rectangles import StateDict, state_dict
+from megatron_tied.checkpoint.storage import read
+from megatron_tied.checkpoint.together import of_every_rank
 from megatron_tied.engine.partitions import WEIGHT, Fragment
+from megatron_tied.exchange import gather_json
 
 _T = TypeVar("_T")
 
@@ -38,9 +39,9 @@ def newest_sound(directory: CheckpointDirectory) -> Found:
     """Search `directory` from its newest checkpoint on; a collective."""
     passed_over = []
     try:
-        latest = on_rank_0(directory.latest)
-        if latest is not None and not on_rank_0(latest.is_dir):
-            raise BrokenCheckpointError(directory.root / LATEST, f"names {latest.name}, which is not there")
+        missing = on_rank_0(lambda: _missing_latest(directory))
+        if missing is not None:
+            raise BrokenCheckpointError(directory.root / LATEST, f"names {missing}, which is not there")
     except BrokenCheckpointError as error:
         passed_over.append(error)
     for step in on_rank_0(directory.steps):
@@ -49,6 +50,11 @@ def newest_sound(directory: CheckpointDirectory) -> Found:
         except BrokenCheckpointError as error:
             passed_over.append(error)
     return Found(None, passed_over)
+
+
+def _missing_latest(directory: CheckpointDirectory) -> str | None:
+    latest = directory.latest()
+    return None if latest is None or latest.is_dir() else latest.name
 
 
 def verified(path: Path) -> Checkpoint:
@@ -65,9 +71,11 @@ def verified(path: Path) -> Checkpoint:
 
 
 def load(tensors: StateDict, checkpoint: Checkpoint) -> None:
-    """Fill `tensors`, by name, from the checkpoint; a collective. Reads no more of the files than that takes."""
-    reader = SafetensorsReader(checkpoint.path, checkpoint.manifest)
-    load_state_dict(tensors, storage_reader=reader, planner=RectanglesLoadPlanner())
+    """Fill `tensors`, by name, from the checkpoint; a collective. Reads no more of the files than that takes.
+
+    Raises `RankError` on every rank if one of them cannot.
+    """
+    of_every_rank(lambda: read(checkpoint.path, checkpoint.manifest, tensors))
 
 
 def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
@@ -90,18 +98,17 @@ def saved_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def on_rank_0(action: Callable[[], _T]) -> _T:
     """What `action` finds on the first rank, for all: ranks may see a shared file system a moment apart; a collective.
 
-    Raises `BrokenCheckpointError` on every rank if it does there, or if something cannot be read.
+    Told to them as JSON. Raises `BrokenCheckpointError` on every rank if it does there, or if something cannot be read.
     """
-    outcome: list[Any] = [None, None]
+    outcome, failure = None, None
     if dist.get_rank() == 0:
         try:
-            outcome[0] = action()
+            outcome = action()
         except (BrokenCheckpointError, OSError) as error:
-            outcome[1] = _told(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise BrokenCheckpointError(*outcome[1])
-    return outcome[0]
+            failure = _told(error)
+    outcome, failure = gather_json([outcome, failure])[0]
+    _raise(failure)
+    return outcome
 
 
 def _all_or_none(action: Callable[[], _T]) -> _T:
@@ -111,15 +118,18 @@ def _all_or_none(action: Callable[[], _T]) -> _T:
         result = action()
     except (BrokenCheckpointError, OSError) as error:
         failure = _told(error)
-    failures: list[tuple[Path, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    for found in failures:
-        if found is not None:
-            raise BrokenCheckpointError(*found)
+    for found in gather_json(failure):
+        _raise(found)
     return result
 
 
-def _told(error: BrokenCheckpointError | OSError) -> tuple[Path, str]:
+def _told(error: BrokenCheckpointError | OSError) -> list[str]:
     if isinstance(error, BrokenCheckpointError):
-        return error.path, error.cause
-    return Path(error.filename or "."), f"cannot be read: {error.strerror}"
+        return [str(error.path), error.cause]
+    return [error.filename or ".", f"cannot be read: {error.strerror}"]
+
+
+def _raise(told: list[str] | None) -> None:
+    if told is not None:
+        path, cause = told
+        raise BrokenCheckpointError(Path(path), cause)

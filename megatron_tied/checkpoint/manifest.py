@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,18 @@ class Tensor:
     dtype: str
     shape: list[int]
     chunks: list[Chunk]
+
+    def is_covered_once(self) -> bool:
+        """Whether every element is in one chunk, and in no more, and nothing else is in any.
+
+        Takes no comparison of each chunk with all others: how often elements are covered changes at corners of chunks
+        only. Counted with alternating signs, corners within the tensor must cancel, and its own remain.
+        """
+        corners: Counter[tuple[int, ...]] = Counter()
+        for chunk in self.chunks:
+            corners.update(_corners(chunk.offsets, chunk.sizes))
+        corners.subtract(_corners([0] * len(self.shape), self.shape))
+        return not any(corners.values())
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,18 @@ def _parts(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while part := file.read(_READ_BYTES):
             yield part
+
+
+def _corners(offsets: list[int], sizes: list[int]) -> Counter[tuple[int, ...]]:
+    """The corners of a rectangle: 1 for the one nearest to the origin and all that differ from it in 2, 4, ... axes.
+
+    The others count -1.
+    """
+    found: Counter[tuple[int, ...]] = Counter()
+    for ends in product((0, 1), repeat=len(sizes)):
+        # Added, for where a side is 0 long two corners are one place.
+        found[tuple(o + end * n for o, n, end in zip(offsets, sizes, ends, strict=True))] += (-1) ** sum(ends)
+    return found
 
 
 def _tensor(dtype: str, shape: list[int], chunks: list[dict[str, Any]]) -> Tensor:

@@ -10,12 +10,13 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import torch
-from torch.distributed.checkpoint import CheckpointException, save
 
 from megatron_tied.checkpoint.directory import CheckpointDirectory
 from megatron_tied.checkpoint.manifest import Manifest
-from megatron_tied.checkpoint.rectangles import Rectangles, RectanglesSavePlanner, StateDict
-from megatron_tied.checkpoint.storage import SafetensorsWriter
+from megatron_tied.checkpoint.rectangles import Rectangles, StateDict
+from megatron_tied.checkpoint.storage import completed, write
+from megatron_tied.checkpoint.together import RankError, of_every_rank
+from megatron_tied.files import sync
 
 
 @dataclass(frozen=True)
@@ -75,27 +76,37 @@ class Saver:
             self._thread = None
 
     def _write(self, tensors: StateDict, manifest: Manifest, expected: Set[str]) -> None:
-        step = manifest.step
-        writer = SafetensorsWriter(
-            self._directory.staging(step),
-            manifest,
-            expected,
-            begin=lambda: self._directory.begin(step),
-            commit=lambda: self._commit(step),
-        )
-        failure = None
+        step, failure = manifest.step, None
         try:
-            save(
-                tensors,
-                storage_writer=writer,
-                planner=RectanglesSavePlanner(),
-                process_group=self._group,
-            )
-        except (Exception, CheckpointException) as error:  # the latter is no Exception
-            failure = _reason(error)
+            self._write_together(tensors, manifest, expected)
+        except BaseException as error:
+            failure = str(error) if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
             if self._group.rank() == 0:
                 self._directory.abort(step)
-        self._outcomes.put(Outcome(step, self._directory.path(step), failure))
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._outcomes.put(Outcome(step, self._directory.path(step), failure))
+
+    def _write_together(self, tensors: StateDict, manifest: Manifest, expected: Set[str]) -> None:
+        """All stages of a save; each ends on every rank before the next begins on any. Raises `RankError`."""
+        step, rank, staging = manifest.step, self._group.rank(), self._directory.staging(manifest.step)
+
+        def begin() -> list[str]:
+            if rank == 0:
+                self._directory.begin(step)
+            return [name for name, value in tensors.items() if not isinstance(value, Rectangles)]
+
+        def finish() -> None:
+            if rank == 0:
+                sync(completed(manifest, written, expected).write(staging))
+                sync(staging)
+                self._commit(step)
+
+        writers = _writers(of_every_rank(begin, self._group))
+        mine = {name: value for name, value in tensors.items() if writers.get(name, rank) == rank}
+        written = of_every_rank(lambda: write(staging, rank, mine), self._group)
+        of_every_rank(finish, self._group)
 
     def _commit(self, step: int) -> None:
         self._directory.commit(step)
@@ -114,8 +125,10 @@ def _host_copy(tensors: StateDict) -> StateDict:
     }
 
 
-def _reason(error: BaseException) -> str:
-    if not isinstance(error, CheckpointException):
-        return f"{type(error).__name__}: {error}"
-    rank, (cause, _) = next(iter(error.failures.items()))
-    return f"rank {rank}: {cause}"
+def _writers(replicated: list[list[str]]) -> dict[str, int]:
+    """Which rank writes each of the tensors that the ranks have wholly: of those that have it, each in its turn."""
+    holders: dict[str, list[int]] = {}
+    for rank, names in enumerate(replicated):
+        for name in names:
+            holders.setdefault(name, []).append(rank)
+    return {name: ranks[index % len(ranks)] for index, (name, ranks) in enumerate(holders.items())}

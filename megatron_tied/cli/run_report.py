@@ -73,8 +73,8 @@ def _check(directories: Sequence[Path], output: Path) -> None:
 def _read(directories: Sequence[Path]) -> list[RunHistory]:
     from tqdm import tqdm
 
-    from megatron_tied.monitor.sinks import METRICS
     from megatron_tied.report.history import read_history
+    from megatron_tied.run_directory import METRICS
     from megatron_tied.training.config_file import load_config
 
     total = sum((directory / METRICS).stat().st_size for directory in directories)

@@ -30,6 +30,7 @@ from megatron_tied.data.checks import (
 )
 from megatron_tied.data.metadata import with_suffix
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.exchange import Json, gather_json
 from megatron_tied.files import sync
 
 platform.prepare()
@@ -181,8 +182,8 @@ def _index_cache(root: Path, key: str) -> Iterator[Path]:
 
     Megatron-Core takes a file that exists for a finished one, even after a crash.
     """
-    ready = root / key
-    place = _on_rank_0(root, lambda: ready if ready.is_dir() else _fresh_directory(root, key))
+    # The key of the first rank: on the disk of another host the same files have other times.
+    ready, place = map(Path, _on_rank_0(root, lambda: _ready_and_place(root, key)))
     if not all(_gathered(place.is_dir())):
         raise ConfigError(_problem(root, "must be in a file system that all ranks share"))
     if foreign := _on_rank_0(root, lambda: _foreign_file(place)):
@@ -197,6 +198,12 @@ def _index_cache(root: Path, key: str) -> Iterator[Path]:
     if place != ready:
         _gathered(True)  # every rank has opened its files
         _on_rank_0(root, lambda: _publish(place, ready))
+
+
+def _ready_and_place(root: Path, key: str) -> tuple[str, str]:
+    """Where the index files of this key belong, and where they are, or are to be built."""
+    ready = root / key
+    return str(ready), str(ready if ready.is_dir() else _fresh_directory(root, key))
 
 
 def _foreign_file(cache: Path) -> str | None:
@@ -236,26 +243,21 @@ def _problem(root: Path, valid: str) -> Problem:
 
 
 def _on_rank_0(root: Path, action: Callable[[], _T]) -> _T:
-    """Global rank 0 acts in the cache directory `root`; every rank returns its result or raises its error."""
-    outcome: list[Any] = [None, None]
+    """Global rank 0 acts in the cache directory `root`; every rank returns its result, as JSON, or raises its error."""
+    outcome, failure = None, None
     if _rank() == 0:
         try:
-            outcome[0] = action()
+            outcome = action()
         except OSError as error:
-            outcome[1] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise ConfigError(_problem(root, f"must be a directory that can be written ({outcome[1]})"))
-    return outcome[0]
+            failure = str(error)
+    outcome, failure = _gathered([outcome, failure])[0]
+    if failure is not None:
+        raise ConfigError(_problem(root, f"must be a directory that can be written ({failure})"))
+    return outcome
 
 
-def _gathered(value: bool) -> list[bool]:
-    if not dist.is_initialized():
-        return [value]
-    values = [False] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def _gathered(value: Json) -> list[Json]:
+    return gather_json(value) if dist.is_initialized() else [value]
 
 
 def _rank() -> int:

@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_tied.errors import ConfigError, Problem
 
+# A process that loads data and has delivered nothing for so long has hung: an error ends the run, a wait would not.
+_STALLED_SECONDS = 600
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -70,6 +72,7 @@ def train_loader(dataset: Dataset, sampler: GlobalBatchSampler, *, num_workers: 
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,
+        timeout=_STALLED_SECONDS if num_workers else 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_outlive_stop_signals,
         # It draws a seed for its workers: from the global generator, that would change the model's dropout.

@@ -6,6 +6,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_tied.engine.groups import is_expert_parallel
+from megatron_tied.exchange import gather_json
 from megatron_tied.layers.tensor_parallel import is_tensor_parallel
 
 
@@ -26,9 +27,7 @@ def find_differences(model: torch.nn.Module) -> list[str]:
     differing = _differing(replicated, torch.distributed.group.WORLD)
     differing += _differing(parts, parallel_state.get_data_parallel_group())
     differing += _differing(experts, parallel_state.get_expert_data_parallel_group())
-    everywhere: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everywhere, differing)
-    return sorted({name for names in everywhere for name in names})
+    return sorted({name for names in gather_json(differing) for name in names})
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:

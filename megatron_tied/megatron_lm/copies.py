@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.exchange import gather_json
 from megatron_tied.layers.banks import describe
 from megatron_tied.layers.moe_layer import TiedMoELayer, tied_layers
 from megatron_tied.platform import device
@@ -83,10 +84,8 @@ def _holders(model_chunks: Sequence[MegatronModule], topology: TieTopology) -> d
     """Who holds each bank, in pipeline order."""
     here = [[layer.layer_index for layer in tied_layers(chunk)] for chunk in model_chunks]
     group = parallel_state.get_pipeline_model_parallel_group()
-    stages: list[list[list[int]]] = [[] for _ in range(group.size())]
-    torch.distributed.all_gather_object(stages, here, group=group)
     first_use: dict[int, dict[Holder, int]] = {}
-    for rank, chunks in enumerate(stages):
+    for rank, chunks in enumerate(gather_json(here, group)):
         for number, layers in enumerate(chunks):
             for layer in reversed(layers):
                 first_use.setdefault(topology.bank_of_layer[layer], {})[rank, number] = layer
@@ -96,8 +95,7 @@ def _holders(model_chunks: Sequence[MegatronModule], topology: TieTopology) -> d
 def _groups(stage_sets: set[tuple[int, ...]]) -> dict[tuple[int, ...], torch.distributed.ProcessGroup]:
     """This rank's process group for each set of stages; every rank makes all groups, in the same order."""
     mine = torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-    pipelines: list[list[int]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(pipelines, mine)
+    pipelines = gather_json(mine)
     groups = {}
     for stages in sorted(stages for stages in stage_sets if len(stages) > 1):
         for pipeline in sorted(set(map(tuple, pipelines))):

@@ -18,7 +18,7 @@ Metrics = Mapping[str, float]
 # the overlap between its layers, row by row.
 Tables = Mapping[str, Mapping[str, Sequence[Any]]]
 
-METRICS = "metrics.jsonl"
+_MOST_UNWRITTEN_BYTES = 1 << 26  # of metrics.jsonl, kept for when there is room
 
 # TensorBoard groups charts by what stands before the slash.
 _GROUPS = {
@@ -62,10 +62,14 @@ class Sink(Protocol):
 
 
 class JsonLinesSink:
-    """`metrics.jsonl`: `step` and the metrics or tables, one object a line, each flushed as it comes."""
+    """`metrics.jsonl`: `step` and the metrics or tables, one object a line, each written as it comes.
+
+    What a full disk has no room for is written when there is room again.
+    """
 
     def __init__(self, path: Path):
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Append one line; JSON has no infinity or NaN, which become null."""
@@ -76,12 +80,20 @@ class JsonLinesSink:
         self._append({"step": step, **{name: _plain(table) for name, table in tables.items()}})
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write what is left, and close the file."""
+        try:
+            self._write_out()
+        finally:
+            self._file.close()
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        if len(self._unwritten) < _MOST_UNWRITTEN_BYTES:
+            self._unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
+        self._write_out()
+
+    def _write_out(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
 
 def forget_metrics_after(step: int, path: Path) -> dict[str, float | None]:
@@ -132,7 +144,7 @@ class Sinks:
             except Exception as error:
                 # Neither a full disk nor a chart that cannot be drawn may end a run that can still be saved.
                 if sink not in self._failing:
-                    text = "%s: %s not written, nor what follows until it works again: %s: %s"
+                    text = "%s: %s not written, and what follows may be lost until it works again: %s: %s"
                     logging.getLogger(__name__).warning(text, type(sink).__name__, what, type(error).__name__, error)
                 self._failing.add(sink)
 

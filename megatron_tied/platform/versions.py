@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from importlib import metadata
 
+import torch
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
@@ -24,17 +25,21 @@ def version_problems() -> list[Problem]:
     problems = []
     for package, supported in SUPPORTED.items():
         try:
-            installed = _installed_version(package)
+            installed = installed_version(package)
         except metadata.PackageNotFoundError:
             problems.append(Problem(f"package {package}", None, f"must be installed, version {supported}"))
             continue
         # The base version: containers and source builds carry suffixes such as 2.11.0a0+git.
         if Version(installed).base_version not in supported:
             problems.append(Problem(f"package {package}", installed, f"supported versions are {supported}"))
+        elif package == "torch" and not hasattr(torch.nn.functional, "grouped_mm"):
+            # A preview build counts as its release, but may have been made before the function was added.
+            problems.append(Problem("package torch", installed, "must have torch.nn.functional.grouped_mm"))
     return problems
 
 
-def _installed_version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """The version that would be imported. Raises `PackageNotFoundError`."""
     if package == "megatron-core":
         # The tree of a script comes before an installed wheel, and needs none.
         with suppress(ModuleNotFoundError):

@@ -14,11 +14,9 @@ import numpy as np
 import yaml
 
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.monitor.sinks import METRICS
 from megatron_tied.report.history_lines import Lines, Series, Table, read_lines
+from megatron_tied.run_directory import CONFIG, METRICS, SUMMARY
 from megatron_tied.topology import Bank, TieTopology
-
-CONFIG, SUMMARY = "config.yaml", "summary.json"
 
 # A run that has logged nothing for so many of its usual intervals, and at least for so many seconds, has stopped:
 # between two log lines there may be an evaluation and a checkpoint.

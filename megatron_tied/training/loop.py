@@ -18,6 +18,7 @@ from megatron_tied.training.checkpoints import Checkpoints
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.evaluation import Batch, LossFunction, evaluate
 from megatron_tied.training.guards import check_consistency, check_step, loss_scale_floor
+from megatron_tied.training.liveness import Liveness
 from megatron_tied.training.monitoring import Monitoring
 from megatron_tied.training.plan_check import PlanCheck
 from megatron_tied.training.progress import Progress
@@ -39,6 +40,7 @@ def train(
     sinks: Sinks,
     checkpoints: Checkpoints,
     signals: StopSignals,
+    liveness: Liveness,
     monitoring: Monitoring,
     plan: PlanCheck,
     done: int = 0,
@@ -67,6 +69,7 @@ def train(
             with loss_scale_floor(step), monitoring.watching(step):
                 window.add(train_step(engine, loss_function, batches, monitoring))
             progress.advance()
+            liveness.step_done(step)
             if skipped := check_step(engine, step, settings):
                 progress.say(skipped)
             check_consistency(engine, step, settings)

@@ -9,6 +9,7 @@ from megatron_tied.checkpoint.directory import CheckpointDirectory, resolve
 from megatron_tied.checkpoint.loader import Checkpoint, newest_sound, on_rank_0, verified
 from megatron_tied.checkpoint.manifest import BrokenCheckpointError
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.run_directory import CHECKPOINTS, METRICS, SUMMARY
 from megatron_tied.training.compatibility import resume_problems, same_model_problems
 from megatron_tied.training.config import RunConfig
 
@@ -29,7 +30,7 @@ class Start:
 
 def checkpoint_directory(config: RunConfig) -> CheckpointDirectory:
     """Where the run keeps its checkpoints."""
-    return CheckpointDirectory(Path(config.train.run_dir, "checkpoints"))
+    return CheckpointDirectory(Path(config.train.run_dir, CHECKPOINTS))
 
 
 def choose_start(config: RunConfig) -> Start:
@@ -47,8 +48,9 @@ def choose_start(config: RunConfig) -> Start:
 def _chosen(config: RunConfig) -> Start:
     mode = config.train.resume
     if mode == "never":
-        if problem := on_rank_0(lambda: _used(config)):
-            raise ConfigError(problem)
+        if on_rank_0(lambda: _is_used(config)):
+            valid = "holds an earlier run: name a new directory, or go on with it by train.resume=auto"
+            raise ConfigError(Problem("train.run_dir", config.train.run_dir, valid))
         start = Start()
     else:
         start = _automatic(config)
@@ -75,7 +77,7 @@ def _automatic(config: RunConfig) -> Start:
         told = "; ".join(map(str, found.passed_over))
         valid = f"no checkpoint in {directory.root} is sound: {told}. Name another train.run_dir to start anew"
         raise ConfigError(Problem("train.resume", "auto", valid))
-    if on_rank_0(Path(config.train.run_dir, "summary.json").is_file):
+    if on_rank_0(Path(config.train.run_dir, SUMMARY).is_file):
         valid = "holds a finished run without checkpoints: name a new directory, or remove this one"
         raise ConfigError(Problem("train.run_dir", config.train.run_dir, valid))
     if on_rank_0(lambda: _has_metrics(config)):
@@ -100,7 +102,7 @@ def _checked(config: RunConfig, start: Start) -> Start:
 
 def _named(path: str, field_name: str) -> Checkpoint:
     try:
-        return verified(on_rank_0(lambda: resolve(Path(path))))
+        return verified(Path(on_rank_0(lambda: str(resolve(Path(path))))))
     except BrokenCheckpointError as error:
         offered = _offered(Path(path))
         raise ConfigError(Problem(field_name, path, f"cannot be used: {error}{offered}")) from None
@@ -108,21 +110,18 @@ def _named(path: str, field_name: str) -> Checkpoint:
 
 def _offered(path: Path) -> str:
     """The newest sound checkpoint beside or in `path`, for a message."""
-    for root in (path.parent, path, path / "checkpoints"):
+    for root in (path.parent, path, path / CHECKPOINTS):
         found = newest_sound(CheckpointDirectory(root)).checkpoint
         if found is not None:
             return f". The newest sound checkpoint there is {found.path}"
     return ""
 
 
-def _used(config: RunConfig) -> Problem | None:
-    if not (_has_metrics(config) or checkpoint_directory(config).steps()):
-        return None
-    valid = "holds an earlier run: name a new directory, or go on with it by train.resume=auto"
-    return Problem("train.run_dir", config.train.run_dir, valid)
+def _is_used(config: RunConfig) -> bool:
+    return _has_metrics(config) or bool(checkpoint_directory(config).steps())
 
 
 def _has_metrics(config: RunConfig) -> bool:
-    metrics = Path(config.train.run_dir, "metrics.jsonl")
+    metrics = Path(config.train.run_dir, METRICS)
     # It is empty after a run that failed before its first step.
     return metrics.is_file() and metrics.stat().st_size > 0

@@ -17,11 +17,13 @@ from megatron_tied.engine.parameter_groups import parameter_groups
 from megatron_tied.models.gpt import build_gpt_model
 from megatron_tied.monitor.dead_experts import LastUse
 from megatron_tied.monitor.description import RunDescription
-from megatron_tied.monitor.sinks import METRICS, JsonLinesSink, Sink, Sinks, forget_metrics_after
+from megatron_tied.monitor.sinks import JsonLinesSink, Sink, Sinks, forget_metrics_after
 from megatron_tied.monitor.tensorboard import TensorBoardSink
 from megatron_tied.monitor.wandb import WandbSink
+from megatron_tied.run_directory import METRICS, SUMMARY
 from megatron_tied.training.checkpoints import Checkpoints
 from megatron_tied.training.config import RunConfig
+from megatron_tied.training.liveness import Liveness
 from megatron_tied.training.loop import train
 from megatron_tied.training.monitoring import Monitoring
 from megatron_tied.training.plan_check import PlanCheck
@@ -37,22 +39,28 @@ def run(config: RunConfig) -> None:
     """Train as `config` says; its own problems must be checked. Raises `ConfigError` on every rank alike."""
     join_processes()
     try:
-        config, start = prepare_run(config)
-        parallel = config.parallel
-        initialize_model_parallel(parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size)
-        check_model(config)
-        _say(_introduction(config))
-        for remark in start.remarks:
-            _say(remark)
-        _run(config, start)
+        with (
+            Liveness(config.train.liveness_timeout, Path(config.train.run_dir)) as liveness,
+            StopSignals() as signals,
+        ):
+            config, start = prepare_run(config)
+            parallel = config.parallel
+            initialize_model_parallel(parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size)
+            check_model(config)
+            _say(_introduction(config))
+            for remark in start.remarks:
+                _say(remark)
+            _run(config, start, liveness, signals)
     finally:
         torch.distributed.destroy_process_group()
 
 
-def _run(config: RunConfig, start: Start) -> None:
+def _run(config: RunConfig, start: Start, liveness: Liveness, signals: StopSignals) -> None:
     started = time.monotonic()
+    liveness.step_done(start.step)
     directory = Path(config.train.run_dir)
-    datasets = _datasets(config)
+    with liveness.patience():
+        datasets = _datasets(config)
     engine, layout, figures = build_engine(config)
     last_use = LastUse(config.monitor.every)
     state = RunState(config, engine, layout, last_use)
@@ -65,29 +73,40 @@ def _run(config: RunConfig, start: Start) -> None:
     for_signals, for_saving = (torch.distributed.new_group(backend="gloo") for _ in range(2))
     is_first = torch.distributed.get_rank() == 0
     earlier = forget_metrics_after(start.step, directory / METRICS) if is_first else {}
+    if is_first and start.step < config.train.steps:
+        (directory / SUMMARY).unlink(missing_ok=True)  # of a shorter run that goes on here
+    signals.tell_all(for_signals)
     with (
         _sinks(config, figures, start.step) as sinks,
         Checkpoints.of_run(config, state, for_saving) as checkpoints,
-        StopSignals(for_signals) as signals,
     ):
         plan = PlanCheck(config, torch.distributed.get_world_size())
         constants = {"parameters_unique": figures["unique"], "parameters_untied": figures["untied"], **plan.metrics}
         monitoring = Monitoring(config, engine, last_use, constants)
-        step, metrics = train(config, engine, datasets, sinks, checkpoints, signals, monitoring, plan, start.step)
+        step, metrics = train(
+            config, engine, datasets, sinks, checkpoints, signals, liveness, monitoring, plan, start.step
+        )
+    seconds = time.monotonic() - started
     if step < config.train.steps:
         _say(f"stopped after step {step} of {config.train.steps}; to go on, start it again (train.resume: auto)")
-        return
-    if is_first:
-        summary = {
-            "steps": config.train.steps,
-            "parameters": figures,
-            "topology": config.topology().describe(),
-            "world_size": torch.distributed.get_world_size(),
-            "seconds": round(time.monotonic() - started, 1),
-            **overall(earlier | metrics),
-        }
-        write_summary(directory / "summary.json", summary)
-    _say(f"finished in {time.monotonic() - started:.0f} s: {directory / 'summary.json'}")
+    elif is_first:
+        _finish(config, figures, seconds, earlier | metrics)
+    # All end together: who ends early is taken for lost, with its host.
+    torch.distributed.barrier(for_signals)
+
+
+def _finish(config: RunConfig, figures: dict[str, int], seconds: float, metrics: dict[str, float]) -> None:
+    summary = {
+        "steps": config.train.steps,
+        "parameters": figures,
+        "topology": config.topology().describe(),
+        "world_size": torch.distributed.get_world_size(),
+        "seconds": round(seconds, 1),
+        **overall(metrics),
+    }
+    path = Path(config.train.run_dir) / SUMMARY
+    write_summary(path, summary)
+    _say(f"finished in {seconds:.0f} s: {path}")
 
 
 def _introduction(config: RunConfig) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import uuid
+from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -12,11 +15,13 @@ from megatron_tied.data.checks import check_data
 from megatron_tied.data.tokenizer import SentencePieceTokenizer
 from megatron_tied.engine.groups import start_distributed
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.exchange import Json, gather_json
 from megatron_tied.files import write_whole
 from megatron_tied.models.gpt import transformer_config
 from megatron_tied.monitor.wandb import wandb_problem
 from megatron_tied.platform.host import ranks_on_this_host, share_host_threads
 from megatron_tied.platform.quiet import quiet_deepspeed
+from megatron_tied.run_directory import CONFIG
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import save_config
 from megatron_tied.training.deepspeed_section import refused_by_deepspeed
@@ -47,9 +52,10 @@ def prepare_run(config: RunConfig) -> tuple[RunConfig, Start]:
     except ConfigError as error:
         problems = list(error.problems)
     _agree(problems)
+    _check_shared(config)
     start = choose_start(config)
     _agree(_create_run_directory(config))
-    _agree(_unseen_directory(config))
+    _check_shared(config)
     return config, start
 
 
@@ -98,14 +104,16 @@ def _local_problems(config: RunConfig) -> list[Problem]:
 
 def _agree(problems: list[Problem]) -> None:
     """Raise `ConfigError` on every rank with the problems of all, or return on every rank. A collective."""
-    everywhere: list[list[Problem]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everywhere, problems)
-    found: list[Problem] = []
-    for problem in (problem for of_rank in everywhere for problem in of_rank):
-        if problem not in found:
-            found.append(problem)
+    everywhere = gather_json([socket.gethostname(), list(map(astuple, problems))])
+    hosts = {host for host, _ in everywhere}
+    found: list[list[Json]] = []
+    for told in (told for _, of_rank in everywhere for told in of_rank):
+        if told not in found:
+            found.append(told)
     if found:
-        raise ConfigError(found)
+        where = [sorted({host for host, of_rank in everywhere if told in of_rank}) for told in found]
+        suffixes = ["" if len(named) == len(hosts) else f" (on {', '.join(named)})" for named in where]
+        raise ConfigError([Problem(*told[:2], told[2] + suffix) for told, suffix in zip(found, suffixes, strict=True)])
 
 
 def _create_run_directory(config: RunConfig) -> list[Problem]:
@@ -114,7 +122,7 @@ def _create_run_directory(config: RunConfig) -> list[Problem]:
     directory = Path(config.train.run_dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        save_config(config, directory / "config.yaml")
+        save_config(config, directory / CONFIG)
         if config.checkpoint.save_every:
             checkpoint_directory(config).root.mkdir(exist_ok=True)
             probe = checkpoint_directory(config).root / ".writable"
@@ -125,12 +133,27 @@ def _create_run_directory(config: RunConfig) -> list[Problem]:
     return []
 
 
-def _unseen_directory(config: RunConfig) -> list[Problem]:
-    root = checkpoint_directory(config).root
-    if not config.checkpoint.save_every or root.is_dir():
-        return []
-    valid = f"must be in a file system that all ranks share: {socket.gethostname()} does not see its checkpoints"
-    return [Problem("train.run_dir", config.train.run_dir, valid)]
+def _check_shared(config: RunConfig) -> None:
+    """Raise `ConfigError` on every rank if some do not see the first rank's checkpoints, where it has a place for them.
+
+    A collective.
+    """
+    root, name = checkpoint_directory(config).root, None
+    if torch.distributed.get_rank() == 0 and root.is_dir():
+        # A name that is new: each host may have a directory of its own under the same path.
+        marker = root / f".shared.{uuid.uuid4().hex}"
+        with suppress(OSError):  # said when the directory is made
+            marker.touch()
+            name = marker.name
+    name = gather_json(name)[0]
+    if name is None:
+        return
+    valid = "must be in a file system that all ranks share: checkpoints there are not seen"
+    try:
+        _agree([] if (root / name).exists() else [Problem("train.run_dir", config.train.run_dir, valid)])
+    finally:
+        if torch.distributed.get_rank() == 0:
+            (root / name).unlink(missing_ok=True)
 
 
 def _free_port() -> int:

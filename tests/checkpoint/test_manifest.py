@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_tied.checkpoint.manifest import NAME, BrokenCheckpointError, Chunk, File, Manifest, Tensor, sha256
+from tests.checkpoint.cuts import SHAPES, Box, place, tilings
 
 
 @pytest.fixture
@@ -82,3 +86,33 @@ def test_a_changed_manifest(manifest: Manifest, tmp_path: Path) -> None:
     (tmp_path / NAME).unlink()
     assert broken(tmp_path).endswith(f"is no complete checkpoint: it has no {NAME}")
     assert broken(tmp_path / "nowhere").endswith("is no directory")
+
+
+@st.composite
+def coverings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
+    """A shape, and rectangles that may cover it once: a tiling, of which some are left out, doubled or moved."""
+    shape = draw(SHAPES)
+    boxes: list[Box] = []
+    for offsets, sizes in draw(tilings(shape)):
+        moves = draw(st.sampled_from([[0], [0], [0], [0, 0], [], [1]]))
+        boxes += [(tuple(min(o + move, 5) for o in offsets), sizes) for move in moves]
+    return shape, boxes
+
+
+@given(coverings())
+def test_a_tensor_is_covered_once_or_not(case: tuple[tuple[int, ...], list[Box]]) -> None:
+    shape, boxes = case
+    counted = torch.zeros([size + 10 for size in shape], dtype=torch.int64)
+    for offsets, sizes in boxes:
+        counted[place(offsets, sizes)] += 1
+    expected = torch.zeros_like(counted)
+    expected[place((0,) * len(shape), shape)] = 1
+    tensor = Tensor("float32", list(shape), [Chunk("file", list(offsets), list(sizes)) for offsets, sizes in boxes])
+    assert tensor.is_covered_once() == torch.equal(counted, expected)
+
+
+def test_what_covers_a_tensor_may_be_empty_in_part() -> None:
+    chunks = [Chunk("file", [0, 0], [2, 0]), Chunk("file", [0, 0], [2, 3]), Chunk("file", [1, 3], [0, 9])]
+    assert Tensor("float32", [2, 3], chunks).is_covered_once()
+    assert Tensor("float32", [0, 3], chunks[:1]).is_covered_once()
+    assert not Tensor("float32", [], []).is_covered_once()

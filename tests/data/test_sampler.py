@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch.utils.data import Dataset
 
 from megatron_tied.data.sampler import GlobalBatchSampler, collate, train_loader
 from megatron_tied.errors import ConfigError
+from megatron_tied.training.exits import end_workers
 
 
 class Numbers(Dataset):
@@ -72,6 +75,24 @@ def test_the_loader_yields_tensors_in_the_samplers_order(workers: int) -> None:
         "loss_mask": (torch.float32, (2, 4)),
         "position_ids": (torch.int64, (2, 4)),
     }
+
+
+class Stalled(Numbers):
+    """A file system that no longer answers."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index > 0:
+            time.sleep(1000)
+        return super().__getitem__(index)
+
+
+def test_a_process_that_delivers_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_tied.data.sampler._STALLED_SECONDS", 1)
+    batches = iter(train_loader(Stalled(), sampler(micro=1), num_workers=1))
+    next(batches)
+    with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
+        next(batches)
+    end_workers()
 
 
 def test_loading_leaves_the_global_generator_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import tracemalloc
 from pathlib import Path
 
@@ -24,6 +25,23 @@ def test_each_step_is_a_line_that_can_be_read_at_once(tmp_path):
     sink.write(2, {"validation_loss": 3.0})
     assert lines(file)[1] == {"step": 2, "validation_loss": 3.0}
     sink.close()
+
+
+def test_what_a_full_disk_has_no_room_for_is_written_when_there_is_room_again(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    sink = JsonLinesSink(file)
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sink.write(1, {"loss": 1.0})
+    try:
+        # The first of them is written in part.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 9, most))
+        for step in (2, 3):
+            with pytest.raises(OSError, match="File too large"):
+                sink.write(step, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+    sink.close()
+    assert [line["step"] for line in lines(file)] == [1, 2, 3]
 
 
 def test_a_later_sink_adds_to_the_file(tmp_path):
@@ -175,8 +193,8 @@ def test_a_sink_that_fails_stops_neither_the_run_nor_the_other_sinks_and_says_so
         sinks.write(1, {"loss": 1.0})
         sinks.write_tables(1, {"bank_load": {"0": [1.0]}})
     assert [recorder.seen for recorder in recorders] == [EVERYTHING] * 2
-    text = f"Recorder: metrics of step 1 not written, nor what follows until it works again: {type(error).__name__}"
-    assert [record.getMessage() for record in caplog.records] == [f"{text}: {error}"]
+    text = "Recorder: metrics of step 1 not written, and what follows may be lost until it works again"
+    assert [record.getMessage() for record in caplog.records] == [f"{text}: {type(error).__name__}: {error}"]
 
 
 def test_a_sink_that_fails_again_after_it_worked_is_told_again(caplog):

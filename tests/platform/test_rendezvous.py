@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -74,18 +75,31 @@ def test_a_store_that_clients_reach(first_rank: pytest.MonkeyPatch) -> None:
     assert client.get("key") == b"value"
 
 
+def test_a_store_that_is_open_is_used_again(first_rank: pytest.MonkeyPatch) -> None:
+    store = listen_on_master_address()
+    assert listen_on_master_address() is store
+    del store
+    assert listen_on_master_address() is not None  # the port was free again
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("RANK", "1"),
         ("TORCHELASTIC_USE_AGENT_STORE", "True"),
         ("MASTER_ADDR", "192.0.2.1"),  # set aside for documentation: no host has it
-        ("LOCAL_SIZE", "1"),  # the other rank, elsewhere, could not come to 127.0.0.1
     ],
 )
 def test_nobody_listens_where_it_would_be_wrong(first_rank: pytest.MonkeyPatch, name: str, value: str) -> None:
     first_rank.setenv(name, value)
     assert listen_on_master_address() is None
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost"])
+def test_loopback_is_meant_where_it_is_named(first_rank: pytest.MonkeyPatch, address: str) -> None:
+    first_rank.setenv("MASTER_ADDR", address)
+    first_rank.delenv("LOCAL_SIZE")  # whoever started the ranks has not said that they are all here
+    assert listen_on_master_address() is not None
 
 
 def test_a_name_that_means_loopback_on_its_own_host(first_rank: pytest.MonkeyPatch) -> None:
@@ -104,6 +118,15 @@ def test_a_name_that_means_nothing_yet(first_rank: pytest.MonkeyPatch) -> None:
     assert listen_on_master_address() is None
     stay_on_this_host()
     assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+def test_a_port_for_root_is_named(first_rank: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    first_rank.setattr(socket, "create_server", refuse)
+    with pytest.raises(ConfigError, match="and only root may listen there"):
+        listen_on_master_address()
 
 
 def test_a_port_in_use_is_named(first_rank: pytest.MonkeyPatch) -> None:

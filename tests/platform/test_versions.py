@@ -5,6 +5,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.specifiers import SpecifierSet
 
 from megatron_tied.errors import ConfigError
@@ -35,6 +36,14 @@ def test_this_environment_is_supported():
 def test_local_and_preview_builds_count_as_their_release(monkeypatch, torch):
     installed(monkeypatch, torch=torch, megatron_core="0.17.0rc0", deepspeed="0.19.8+abc")
     assert versions.version_problems() == []
+
+
+def test_a_preview_build_from_before_grouped_mm_is_refused(monkeypatch):
+    installed(monkeypatch, torch="2.10.0a0+nv25.11", megatron_core="0.16.1", deepspeed="0.19.8")
+    monkeypatch.delattr(torch.nn.functional, "grouped_mm")
+    [problem] = versions.version_problems()
+    assert (problem.field, problem.value) == ("package torch", "2.10.0a0+nv25.11")
+    assert "grouped_mm" in problem.valid
 
 
 def test_a_script_tree_counts_before_an_installed_wheel(tmp_path, monkeypatch):

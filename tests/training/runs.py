@@ -6,12 +6,13 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.processes import run_to_end
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,15 +109,7 @@ def alone_command(config: Path, *overrides: str) -> list[str]:
 
 def finish(command: list[str], *, timeout: float = 600, **environment_variables: str) -> Finished:
     """Run `command` to its end."""
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment(**environment_variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
+    done = run_to_end(command, cwd=ROOT, env=environment(**environment_variables), timeout=timeout)
     return Finished(done.returncode, done.stdout)
 
 

@@ -46,7 +46,9 @@ def straight(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(torment(config, "job", 0)["ended"][0])
 
 
-@pytest.mark.parametrize(("victim", "in_background"), [("rank", False), ("job", True)])
+@pytest.mark.parametrize(
+    ("victim", "in_background"), [pytest.param("rank", False, marks=pytest.mark.slow), ("job", True)]
+)
 def test_killed_at_any_instant(
     straight: Path, corpus: Corpus, tmp_path: Path, victim: str, in_background: bool
 ) -> None:

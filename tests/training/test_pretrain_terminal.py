@@ -131,6 +131,8 @@ def test_how_training_that_does_not_finish_ends(
     arguments = ["--config", str(config), "parallel.expert_model_parallel_size=1"]
     assert pretrain.main(arguments) == code
     assert capsys.readouterr().err == line.format(run_dir=tmp_path / "run") + "\n"
-    monkeypatch.setenv("RANK", "1")
+    second = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in second.items():
+        monkeypatch.setenv(name, value)
     assert pretrain.main(arguments) == code
     assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import time
@@ -13,14 +14,13 @@ import pytest
 from tests.training.runs import ROOT, Corpus, deepspeed_command, environment, finish, read_metrics, series, write_config
 
 
-def start(command: list[str], run: Path) -> subprocess.Popen[str]:
-    """A job that has begun to train."""
-    job = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start(command: list[str], run: Path, output: Path | None = None) -> subprocess.Popen[str]:
+    """A job that has begun to train; what it shows goes to `output`, or into a pipe."""
+    to = subprocess.PIPE if output is None else output.open("w")
+    job = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=to, stderr=subprocess.STDOUT, text=True)
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 300
     while not (metrics.exists() and metrics.stat().st_size):
-        assert job.poll() is None, job.communicate()[0][-4000:]
+        assert job.poll() is None, output.read_text() if output else job.communicate()[0][-4000:]
         assert time.monotonic() < deadline, "training does not begin"
         time.sleep(0.1)
     return job
@@ -38,6 +38,22 @@ def everything(job: subprocess.Popen[str]) -> list[psutil.Process]:
     return [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
 
 
+def test_asked_for_a_save_before_the_first_step(corpus: Corpus, tmp_path: Path) -> None:
+    config, log = write_config(tmp_path, corpus), tmp_path / "log"
+    command = deepspeed_command(config, "train.steps=100000", "checkpoint.save_every=50000")
+    with log.open("w") as output:
+        job = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 300
+    while "processes 2, expert parallel" not in log.read_text():
+        assert job.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    ranks(job)[1].send_signal(signal.SIGUSR1)
+    assert job.wait(120) == 0, log.read_text()
+    last = read_metrics(tmp_path / "run")[-1]["step"]
+    assert f"step {last}: received SIGUSR1, saving" in log.read_text()
+
+
 @pytest.mark.parametrize(
     ("number", "one_rank"), [(signal.SIGUSR1, True), (signal.SIGTERM, True), (signal.SIGTERM, False)]
 )
@@ -45,8 +61,13 @@ def test_saved_before_the_end(corpus: Corpus, tmp_path: Path, number: signal.Sig
     config, run = write_config(tmp_path, corpus), tmp_path / "run"
     overrides = ["train.steps=100000", "checkpoint.save_every=50000", "train.eval_every=0"]
     job = start(deepspeed_command(config, *overrides), run)
-    for process in [ranks(job)[-1]] if one_rank else everything(job):
+    signalled = [ranks(job)[-1]] if one_rank else everything(job)
+    for process in signalled:
         process.send_signal(number)
+    while one_rank and signalled[0].is_running() and signalled[0].status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.02)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            signalled[0].send_signal(number)  # late ones do not matter
     shown, _ = job.communicate(timeout=120)
     last = read_metrics(run)[-1]["step"]
     assert f"step {last}: received {number.name}, saving" in shown

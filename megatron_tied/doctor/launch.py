@@ -1,0 +1,42 @@
+"""Starts the checks on all hosts of a hostfile, by the launcher that will start the training."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_tied.doctor.findings import Finding, Level, has_errors
+from megatron_tied.doctor.request import END, Request, read_line
+
+NAME = "launch"
+_LAST_LINES = 30
+
+
+def examine_hosts(hostfile: Path, request: Request, launcher_options: Sequence[str]) -> tuple[list[Finding], list[str]]:
+    """What all hosts find, and the last lines that were printed beside, for when they came to no end."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), *launcher_options]
+    command += ["--module", "megatron_tied.doctor", request.encode()]
+    findings: list[Finding] = []
+    others: list[str] = []
+    ended = False
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    try:
+        for line in launcher.stdout:
+            finding = read_line(line)
+            ended = ended or line.rstrip().endswith(END)
+            if finding is not None:
+                findings.append(finding)
+            else:
+                others = [*others, line.rstrip("\n")][-_LAST_LINES:]
+        code = launcher.wait()
+    except KeyboardInterrupt:
+        # The terminal has told the launcher, too: it ends what it has started on the hosts.
+        launcher.wait()
+        raise
+    if ended and (code == 0 or has_errors(findings)):
+        return findings, []
+    what = f"the checks did not come to their end on the hosts: the launcher ended with exit code {code}"
+    remedy = "see its last lines; try by hand: ssh HOST hostname, for every host of the hostfile"
+    return [*findings, Finding(NAME, Level.ERROR, what, (), remedy)], others

@@ -1,0 +1,41 @@
+"""What ranks tell each other as JSON: nothing that arrives over the network is unpickled."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+import torch.distributed as dist
+
+from megatron_tied.platform.host import device
+
+# What `json` writes and reads; tuples arrive as lists, keys as strings.
+Json = None | bool | int | float | str | list["Json"] | tuple["Json", ...] | dict[str, "Json"]
+
+_NOT_JSON = -1
+
+
+def gather_json(value: Json, group: dist.ProcessGroup | None = None) -> list[Json]:
+    """The value of every rank of `group` (default: all), on every one of them, in order of rank; a collective.
+
+    Raises `TypeError` on every rank, naming those whose value is no JSON.
+    """
+    try:
+        written = json.dumps(value).encode()
+    except (TypeError, ValueError, RecursionError):
+        written = None
+    where = device() if dist.get_backend(group) == dist.Backend.NCCL else torch.device("cpu")
+    size = torch.tensor([_NOT_JSON if written is None else len(written)], device=where)
+    sizes = [int(of_rank) for of_rank in _all_gather(size, group)]
+    if wrong := [rank for rank, of_rank in enumerate(sizes) if of_rank == _NOT_JSON]:
+        raise TypeError(f"ranks of the group whose value is no JSON: {wrong}")
+    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=where)
+    padded[: len(written)] = torch.frombuffer(bytearray(written), dtype=torch.uint8)
+    gathered = zip(_all_gather(padded, group), sizes, strict=True)
+    return [json.loads(of_rank[:size].cpu().numpy().tobytes()) for of_rank, size in gathered]
+
+
+def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    everywhere = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everywhere, tensor, group=group)
+    return everywhere

@@ -1,0 +1,1 @@
+"""Starting a run again when it has failed: `megatron-tied supervise`. Knows nothing of training but its config."""

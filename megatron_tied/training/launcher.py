@@ -1,0 +1,77 @@
+"""What the launcher, and the host, say of this rank in the environment."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping
+
+from megatron_tied.errors import ConfigError, Problem
+
+_RANKS = ("RANK", "LOCAL_RANK")
+_ON_THIS_HOST = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")  # as deepspeed and torchrun call it
+_PORT = "MASTER_PORT"
+_HIGHEST_PORT = 65535
+# Without one of them DeepSpeed would look for an MPI.
+_NEEDED = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", _PORT)
+
+
+def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise `ConfigError` where `environment` cannot be that of a rank; without RANK there need not be a launcher."""
+    problems = [
+        *_not_numbers(environment, _RANKS, 0),
+        *_not_numbers(environment, ("WORLD_SIZE", *filter(environment.get, _ON_THIS_HOST)), 1),
+        *_not_numbers(environment, (_PORT,), 1, _HIGHEST_PORT),
+    ]
+    if "RANK" in environment:
+        valid = "must be set where RANK is: the deepspeed launcher and torchrun do it"
+        problems += [Problem(name, None, valid) for name in _NEEDED if name not in environment]
+        problems = problems or _contradictions(environment)
+    if problems:
+        raise ConfigError(problems)
+
+
+def is_first_here(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is the first rank of its host; where the launcher does not say it, every rank counts as one."""
+    local_rank = environment.get("LOCAL_RANK", "")
+    return not local_rank.isdecimal() or int(local_rank) == 0
+
+
+def _contradictions(environment: Mapping[str, str]) -> list[Problem]:
+    rank, ranks = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    if rank >= ranks:
+        return [Problem("RANK", rank, f"must be below WORLD_SIZE = {ranks}")]
+    here = next(filter(None, map(environment.get, _ON_THIS_HOST)), ranks)
+    if int(here) >= ranks or environment.get("GLOO_SOCKET_IFNAME"):
+        return []
+    # gloo listens there, and ranks of other hosts would wait for it in vain.
+    address = _own_address()
+    if not ipaddress.ip_address(address).is_loopback:
+        return []
+    valid = "must name the network interface between the hosts (see `ip -brief address`): "
+    why = f"{socket.gethostname()}'s own name means {address} to it, which no other host reaches"
+    return [Problem("GLOO_SOCKET_IFNAME", None, valid + why)]
+
+
+def _own_address() -> str:
+    """What this host's name means to itself."""
+    try:
+        return socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError:
+        return "127.0.0.1"  # which gloo takes then
+
+
+def _not_numbers(
+    environment: Mapping[str, str], names: tuple[str, ...], least: int, most: int | None = None
+) -> list[Problem]:
+    valid = f"must be a whole number of {least} or more" if most is None else f"must be {least} to {most}"
+    found = []
+    for name in names:
+        value = environment.get(name)
+        if value is None:
+            continue
+        is_number = value.isascii() and value.isdigit()
+        if not is_number or not least <= int(value) <= (most or int(value)):
+            found.append(Problem(name, value, valid))
+    return found
