@@ -22,7 +22,7 @@ from tests.training.runs import Corpus, Finished, config_values, free_port
 pytestmark = [pytest.mark.slow, needs_cluster]
 
 _FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
-_WAIT_SECONDS = 30
+_WAIT_SECONDS = 120
 PYTHON = sys.executable
 
 
