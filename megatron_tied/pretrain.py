@@ -16,11 +16,10 @@ from typing import NoReturn
 from megatron_tied.checkpoint.directory import how_to_go_on
 from megatron_tied.cli.report import BAD_INPUT, PATIENCE_SECONDS, report
 from megatron_tied.errors import ConfigError, Problem, TrainingStopped
-from megatron_tied.supervision.sweep import TOKEN_OPTION, TOKEN_VARIABLE
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import load_config
 from megatron_tied.training.exits import end_workers
-from megatron_tied.training.launcher import check_launcher, is_first_here
+from megatron_tied.training.launcher import TOKEN_OPTION, TOKEN_VARIABLE, check_launcher, is_first_here
 
 STOPPED = 1
 INTERRUPTED = 130  # as shells say it

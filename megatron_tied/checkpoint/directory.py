@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_tied.checkpoint.manifest import BrokenCheckpointError
 from megatron_tied.files import sync, write_whole
+from megatron_tied.run_directory import CHECKPOINTS
 
 LATEST = "latest"
 _STEP = re.compile(r"step_(\d{8,})")
@@ -89,7 +90,7 @@ class CheckpointDirectory:
 
 def how_to_go_on(run_dir: Path) -> str:
     """For a message about a run that has ended early: what it can go on from."""
-    steps = CheckpointDirectory(run_dir / "checkpoints").steps()
+    steps = CheckpointDirectory(run_dir / CHECKPOINTS).steps()
     if not steps:
         return "has no checkpoint"
     return f"has a checkpoint of step {steps[0]}; to go on after it, start it again (train.resume: auto)"
@@ -100,7 +101,7 @@ def resolve(path: Path) -> Path:
 
     Raises `BrokenCheckpointError` for anything else.
     """
-    for root in (path, path / "checkpoints"):
+    for root in (path, path / CHECKPOINTS):
         named = CheckpointDirectory(root).latest()
         if named is not None:
             if not named.is_dir():

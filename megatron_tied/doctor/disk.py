@@ -14,6 +14,7 @@ from megatron_tied.doctor.world import World
 from megatron_tied.errors import ConfigError
 from megatron_tied.exchange import Json
 from megatron_tied.planner.hardware import GB, load_hardware
+from megatron_tied.run_directory import CHECKPOINTS
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.planning import planned_subject
 
@@ -98,7 +99,7 @@ def _is_directory(path: Path) -> bool:
 
 def _checkpoints(config: RunConfig) -> Need:
     settings, steps = config.checkpoint, config.train.steps
-    directory = Path(config.train.run_dir, "checkpoints").absolute()
+    directory = Path(config.train.run_dir, CHECKPOINTS).absolute()
     parameters = planned_subject(config, load_hardware("cpu")).parameters(config.tie).total
     for_good = steps // settings.keep_every if settings.keep_every else 0
     saves = -(-steps // settings.save_every)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import queue
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from megatron_tied.doctor.world import World
 from megatron_tied.errors import ConfigError
 from megatron_tied.exchange import Json
 from megatron_tied.platform.rendezvous import listen_on_master_address, stay_on_this_host
+from megatron_tied.training.launcher import listen_at, own_addresses
 
 PORTS = "ports"
 # For a connection between hosts that are both there.
@@ -92,19 +95,40 @@ class Meeting:
                 return listening
         elif (finding := check_reachability(self._left())) is not None:
             raise NotMet([finding] if tells else [])
-        serves = self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+        answer = self._store_there()
+        if isinstance(answer, dist.Store):
+            return answer
+        finding = Finding(PORTS, Level.ERROR, f"{_master()} answers, but not as a store: {answer}", here)
+        raise NotMet([finding] if tells else [])
+
+    def _store_there(self) -> dist.Store | str:
+        """The store at the launcher's address, or what stands against it.
+
+        In a thread that may be left behind: torch waits for the word of whoever listens there, for ever if need be.
+        """
+        found: queue.SimpleQueue[dist.Store | str] = queue.SimpleQueue()
+
+        def connect() -> None:
+            serves = self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+            try:
+                store = dist.TCPStore(
+                    os.environ["MASTER_ADDR"],
+                    int(os.environ["MASTER_PORT"]),
+                    is_master=serves,
+                    timeout=timedelta(seconds=self._left()),
+                    wait_for_workers=False,
+                    multi_tenant=True,
+                )
+            except dist.DistError as error:
+                found.put(str(error))
+            else:
+                found.put(store)
+
+        threading.Thread(target=connect, daemon=True).start()
         try:
-            return dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=serves,
-                timeout=timedelta(seconds=self._left()),
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
-        except dist.DistError as error:
-            finding = Finding(PORTS, Level.ERROR, f"{_master()} answers, but not as a store: {error}", here)
-            raise NotMet([finding] if tells else []) from None
+            return found.get(timeout=self._left() + _CONNECT_SECONDS)
+        except queue.Empty:
+            return "it says nothing"
 
     def _check_ways(self, hosts: Sequence[str]) -> None:
         """Let every host connect to every other one, on ports as collectives take them."""
@@ -204,11 +228,7 @@ def collectives_addresses() -> list[str]:
     that the environment names, or else those that the host's own name means."""
     if named := _named_interfaces():
         return _interfaces()[named[0]][:1]
-    try:
-        found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return ["127.0.0.1"]
-    return list(dict.fromkeys(address for *_, (address, *_) in found))
+    return own_addresses()
 
 
 def _named_interfaces() -> list[str]:
@@ -231,9 +251,8 @@ def _listen_for_collectives(servers: ExitStack) -> Address:
     """Listen at an address and a port as gloo would choose them; port 0 where no address is this host's."""
     addresses = collectives_addresses()
     for address in addresses:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
-            listening = socket.create_server((address, 0), family=family, backlog=socket.SOMAXCONN)
+            listening = listen_at(address, socket.SOMAXCONN)
         except OSError:
             continue
         return address, servers.enter_context(listening).getsockname()[1]

@@ -10,9 +10,9 @@ from pathlib import Path
 from megatron_tied.doctor.hostfile import read_hostfile
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.pretrain import read_arguments
-from megatron_tied.supervision.sweep import TOKEN_OPTION
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import load_config
+from megatron_tied.training.launcher import TOKEN_OPTION
 
 _MODULE = "megatron_tied.pretrain"
 _LAUNCHER = "deepspeed"

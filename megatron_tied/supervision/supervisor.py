@@ -22,7 +22,8 @@ from megatron_tied.supervision.command import LaunchCommand
 from megatron_tied.supervision.lock import Lock
 from megatron_tied.supervision.rank_watch import RankWatch
 from megatron_tied.supervision.reach import Reach
-from megatron_tied.supervision.sweep import TOKEN_VARIABLE, Found, Request
+from megatron_tied.supervision.sweep import Found, Request
+from megatron_tied.training.launcher import TOKEN_VARIABLE
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _MOST_DOUBLINGS = 6  # of the second before a restart

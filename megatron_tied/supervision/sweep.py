@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 
 import psutil
 
-TOKEN_VARIABLE = "MEGATRON_TIED_SUPERVISED"
-TOKEN_OPTION = "--supervised"
+from megatron_tied.training.launcher import TOKEN_VARIABLE
+
 _PATIENCE_SECONDS = 10.0
 
 

@@ -112,7 +112,7 @@ class TrainConfig(Section):
     # After a step that was discarded, its gradient norm not being finite; fp16 always goes on: it has a loss scale.
     on_nonfinite: Literal["stop", "skip"] = "stop"
     # Seconds of silence after which a rank counts as lost and all others end (0: they wait for it); a rank that dies
-    # is noticed at once. A cut of the network that is shorter is survived.
+    # is noticed at once. A cut of the network of less than half as long is survived.
     liveness_timeout: NonNegative = 60.0
 
 

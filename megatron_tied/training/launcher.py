@@ -9,6 +9,10 @@ from collections.abc import Mapping
 
 from megatron_tied.errors import ConfigError, Problem
 
+# How `megatron-tied supervise` marks the processes of its run: what a launcher starts, and what that starts.
+TOKEN_OPTION = "--supervised"
+TOKEN_VARIABLE = "MEGATRON_TIED_SUPERVISED"
+
 _RANKS = ("RANK", "LOCAL_RANK")
 _ON_THIS_HOST = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")  # as deepspeed and torchrun call it
 _PORT = "MASTER_PORT"
@@ -46,20 +50,35 @@ def _contradictions(environment: Mapping[str, str]) -> list[Problem]:
     if int(here) >= ranks or environment.get("GLOO_SOCKET_IFNAME"):
         return []
     # gloo listens there, and ranks of other hosts would wait for it in vain.
-    address = _own_address()
-    if not ipaddress.ip_address(address).is_loopback:
+    address = next(filter(_can_be_listened_at, own_addresses()), None)
+    if address is None or not ipaddress.ip_address(address).is_loopback:
         return []
     valid = "must name the network interface between the hosts (see `ip -brief address`): "
     why = f"{socket.gethostname()}'s own name means {address} to it, which no other host reaches"
     return [Problem("GLOO_SOCKET_IFNAME", None, valid + why)]
 
 
-def _own_address() -> str:
-    """What this host's name means to itself."""
+def own_addresses() -> list[str]:
+    """What this host's name means to itself; gloo lets others connect to the first that it can listen at."""
     try:
-        return socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0]
+        found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return ["127.0.0.1"]  # which gloo takes then
+    return list(dict.fromkeys(address for *_, (address, *_) in found))
+
+
+def listen_at(address: str, backlog: int = 1) -> socket.socket:
+    """A server at a port that the system chooses, as gloo opens them. Raises `OSError` where that cannot be."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, 0), family=family, backlog=backlog)
+
+
+def _can_be_listened_at(address: str) -> bool:
+    try:
+        listen_at(address).close()
     except OSError:
-        return "127.0.0.1"  # which gloo takes then
+        return False
+    return True
 
 
 def _not_numbers(

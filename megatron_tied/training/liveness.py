@@ -158,9 +158,8 @@ class _Watch(threading.Thread):
         self._attach(rank, connection)
 
     def step_done(self, step: int) -> None:
-        """Tell the others."""
+        """Tell the others, with the next heartbeat: a message a step of every rank would be too many for the first."""
         self._step = step
-        self._wake_up()
 
     def be_patient(self, is_patient: bool) -> None:
         """Whether others may be silent for long."""
@@ -224,8 +223,6 @@ class _Watch(threading.Thread):
                 self._suspect(self._rank, Loss("failed", last_line(self._failure), self._step))
             else:
                 self._send(0, {"failed": last_line(self._failure), "step": self._step})
-        elif not self._is_leaving:
-            self._beat()
 
     def _accept(self, listener: socket.socket, secret: str) -> None:
         try:

@@ -201,14 +201,13 @@ def test_a_full_disk(hosts: Hosts) -> None:
 def test_a_skewed_clock(hosts: Hosts) -> None:
     # What sshd's shell reads before it starts the node's launcher; sshd itself would not bear it.
     profile = hosts.second.home / ".bashrc"
-    profile.write_text(f"export LD_PRELOAD={_FAKETIME} FAKETIME=+90s DONT_FAKE_MONOTONIC=1\n")
+    profile.write_text(f"export LD_PRELOAD={_FAKETIME} FAKETIME=+90s\n")
     try:
-        _, findings, _ = hosts.doctor()
+        code, findings, _ = hosts.doctor()
     finally:
         profile.unlink()
     (clock,) = (finding for finding in findings if finding.check == "clock")
-    # It is no reason not to train; but gloo under a faked clock may break down in the checks that follow.
-    assert {finding.check for finding in errors(findings)} <= {"launch"}
+    assert code == 0  # it is no reason not to train
     assert (clock.level, clock.hosts) == (Level.WARNING, ("node1",))
     assert 60 < float(clock.what.removeprefix("node1 is ").split()[0]) < 120, clock.what
     assert "ahead of the others" in clock.what
@@ -216,10 +215,10 @@ def test_a_skewed_clock(hosts: Hosts) -> None:
 
 def test_a_host_that_is_not_there(hosts: Hosts) -> None:
     hostfile = hosts.cluster.shared / "three"
-    hostfile.write_text("node0 slots=2\nnode1 slots=2\nnode7 slots=2\n")
+    hostfile.write_text("node0 slots=1\nnode1 slots=1\nnode7 slots=2\n")
     code, findings, output = hosts.doctor(hostfile=hostfile)
     assert code == 1
-    assert any("2 of 6 ranks have not come" in finding.what for finding in errors(findings)), output
+    assert any("2 of 4 ranks have not come" in finding.what for finding in errors(findings)), output
     assert "node7" in output
 
 

@@ -176,6 +176,15 @@ def test_an_interface_that_one_of_two_hosts_lacks(port: int) -> None:
     assert second == "", "told once"
 
 
+def test_a_port_where_nobody_says_a_word(port: int) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    with listening(port):
+        command = [sys.executable, "-c", _HOST.replace("Meeting(100)", "Meeting(2)"), "node1", "lo"]
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, timeout=_SOON_SECONDS)
+    assert done.returncode == 0
+    assert f"127.0.0.1:{port} answers, but not as a store: it says nothing" in done.stdout
+
+
 def test_hosts_without_an_interface_are_told_together() -> None:
     finding = interface_finding({"node1": "ib0 (there are eth0, lo)", "node2": "ib0 (there are eth0, lo)"})
     assert finding.what.endswith(": ib0 (there are eth0, lo) on node1, node2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
 import time
@@ -11,7 +12,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.training.runs import ROOT, Corpus, deepspeed_command, environment, finish, read_metrics, series, write_config
+from tests.training.runs import (
+    ROOT,
+    Corpus,
+    alone_command,
+    deepspeed_command,
+    environment,
+    finish,
+    read_metrics,
+    series,
+    write_config,
+)
 
 
 def start(command: list[str], run: Path, output: Path | None = None) -> subprocess.Popen[str]:
@@ -52,6 +63,27 @@ def test_asked_for_a_save_before_the_first_step(corpus: Corpus, tmp_path: Path) 
     assert job.wait(120) == 0, log.read_text()
     last = read_metrics(tmp_path / "run")[-1]["step"]
     assert f"step {last}: received SIGUSR1, saving" in log.read_text()
+
+
+def test_a_longer_run_has_no_summary_before_its_end(corpus: Corpus, tmp_path: Path) -> None:
+    # Schedulers and supervisors take it for the end.
+    config, summary = write_config(tmp_path, corpus), tmp_path / "run" / "summary.json"
+    alone = [
+        "parallel.expert_model_parallel_size=1",
+        "train.eval_every=0",
+        "checkpoint.save_every=50000",
+        "optimizer.warmup_steps=1",
+    ]
+    first = finish(alone_command(config, *alone, "train.steps=2"))
+    assert first.code == 0, first.output
+    assert json.loads(summary.read_text())["steps"] == 2
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    job = start(alone_command(config, *alone, "train.steps=100000"), tmp_path / "run")
+    assert not summary.exists()
+    job.terminate()
+    shown, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, shown
+    assert not summary.exists()
 
 
 @pytest.mark.parametrize(
