@@ -32,6 +32,7 @@ setup(
         "pydantic>=2.9",
         "rich>=13",
         "safetensors>=0.4.3",
+        "scipy>=1.11",
         "sentencepiece>=0.2",
         "tensorboard>=2.16",
         "tqdm",

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from megatron_tied.platform import prepare
+from megatron_tied.platform.quiet import quiet_deepspeed
 from tests.data.corpus import make_text, write_jsonl
 from tests.training.runs import Corpus, finish
 
@@ -33,6 +34,18 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def launched(one_process: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process as a launcher's only rank, for an engine; Megatron-Core's global losses are as new afterwards."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, clear_aux_losses_tracker
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    quiet_deepspeed(rank=1)
+    yield
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    clear_aux_losses_tracker()
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,8 @@ _RECOMPUTE = {
     "moe": "recompute: selective, `moe`",
     "moe_act": "recompute: selective, `moe_act`",
     "layernorm": "recompute: selective, `layernorm`",
+    "core_attn": "recompute: selective, `core_attn`",
+    "mla_up_proj": "recompute: selective, `mla_up_proj`",
     "full": "recompute: full, uniform, per layer",
     "full_by_5": "recompute: full, one segment per tie group",
     "block": "recompute: full, block",
@@ -29,7 +31,7 @@ _RECOMPUTE = {
 def cases() -> list[Case]:
     """Every case whose losses, gradients and weights some test compares with the oracle."""
     by_world = [*test_oracle_matrix.SUBSET.values(), *test_tensor_parallel.ORACLE.values()]
-    return [*test_regimes.REGIMES, *(case for group in by_world for case in group)]
+    return [*test_regimes.REGIMES, *test_oracle_matrix.LATENT, *(case for group in by_world for case in group)]
 
 
 def table() -> str:
@@ -43,6 +45,7 @@ def table() -> str:
         ("`overlap_comm`", lambda case: case.overlap),
         ("expert parallelism", lambda case: case.ep > 1),
         ("tensor and sequence parallel attention", lambda case: case.tp > 1),
+        ("multi-head latent attention", lambda case: case in test_oracle_matrix.LATENT),
         ("experts: `grouped`", lambda case: case.backend == "grouped"),
         ("experts: `sequential`", lambda case: case.backend == "sequential"),
         ("dispatcher: `alltoall`", lambda case: case.dispatcher == "alltoall"),

@@ -1,8 +1,9 @@
 """Where the elements of this rank's parameters stand in the model's whole tensors.
 
 A checkpoint knows whole tensors only: a bank once, under its owner, as `...mlp.experts.gate`, `.up` and `.down` of
-[experts, rows, columns] with experts by their global index, and every other parameter under its own name and in its
-whole shape. So neither expert parallelism, tensor parallelism nor the expert backend can be read off its names.
+[experts, rows, columns] with experts by their global index, and every other parameter under the name that `names.py`
+gives it and in its whole shape. So neither expert parallelism, tensor parallelism, the expert backend nor Transformer
+Engine can be read off its names.
 """
 
 # ruff: noqa: E402  (Megatron-Core must be imported after the host is prepared)
@@ -20,6 +21,7 @@ prepare()
 
 from megatron.core import parallel_state
 
+from megatron_tied.checkpoint.names import checkpoint_name
 from megatron_tied.engine.groups import is_expert_parallel, mark_expert_parameters
 from megatron_tied.layers.backends import expert_matrices
 from megatron_tied.layers.moe_layer import TiedMoELayer, tied_layers
@@ -62,11 +64,11 @@ class LocalParameter:
 Layout = dict[str, LocalParameter]
 
 
-def model_layout(model: torch.nn.Module, *, partitioned: bool) -> Layout:
+def model_layout(model: torch.nn.Module, *, zero_stage: int = 0) -> Layout:
     """The layout of every parameter of `model`, by name.
 
-    `partitioned`: whether ZeRO gives each data parallel rank another part of them. To be called before ZeRO 3
-    takes the parameters apart. Raises `TypeError` for expert parameters that no backend tells about.
+    `zero_stage` is that of the training to come; none is 0. To be called before ZeRO 3 takes the parameters apart, and
+    after those to be frozen are. Raises `TypeError` for expert parameters that no backend tells about.
     """
     # With tensor parallelism Megatron-Core's own mark is not yet what it has to be.
     mark_expert_parameters(model)
@@ -74,9 +76,12 @@ def model_layout(model: torch.nn.Module, *, partitioned: bool) -> Layout:
     layout: Layout = {}
     for index, (name, parameter) in enumerate(model.named_parameters()):
         layer = experts.get(id(parameter))
-        blocks = tuple(_dense_blocks(name, parameter) if layer is None else _expert_blocks(name, parameter, layer))
+        found = _dense_blocks(name, parameter) if layer is None else _expert_blocks(name, parameter, layer)
+        blocks = tuple(found)
         if sum(math.prod(block.sizes) for block in blocks) != parameter.numel():
             raise TypeError(f"{name}: a checkpoint cannot hold this expert parameter")
+        # Up to stage 2 ZeRO cuts what its optimizer updates.
+        partitioned = zero_stage == 3 or (zero_stage > 0 and parameter.requires_grad)
         layout[name] = LocalParameter(blocks, _is_first_copy(index, parameter, partitioned))
     return layout
 
@@ -93,7 +98,8 @@ def _is_first_copy(index: int, parameter: torch.nn.Parameter, partitioned: bool)
     return index % group.size() == group.rank()
 
 
-def _dense_blocks(name: str, parameter: torch.nn.Parameter) -> Iterator[Block]:
+def _dense_blocks(parameter_name: str, parameter: torch.nn.Parameter) -> Iterator[Block]:
+    name = checkpoint_name(parameter_name)
     shape, sizes = tuple(whole_shape(parameter)), list(parameter.shape)
     if not is_tensor_parallel(parameter):
         yield Block(name, shape, (0,) * len(shape), shape, 0)

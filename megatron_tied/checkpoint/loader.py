@@ -85,7 +85,7 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """
     parameters = dict(model.named_parameters())
     whole = [Fragment(name, 0, {WEIGHT: value.detach().view(-1)}) for name, value in parameters.items()]
-    tensors: StateDict = state_dict(whole, model_layout(model, partitioned=False), saving=False)
+    tensors: StateDict = state_dict(whole, model_layout(model), saving=False)
     load(tensors | saved_buffers(model), checkpoint)
 
 

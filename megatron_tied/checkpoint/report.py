@@ -33,14 +33,20 @@ def _summary(directory: Path, manifest: Manifest) -> str:
     run = manifest.run
     parallel = ", ".join(f"{key} {value}" for key, value in run["parallel"].items() if value != 1) or "no parallelism"
     weights = sum(math.prod(tensor.shape) for name, tensor in manifest.tensors.items() if name.startswith("weight/"))
+    if manifest.trainer.get("weights_only"):
+        return f"{directory}\nconverted, weights only: {weights:,} parameters; {_files(manifest)}\n"
     stage = run["deepspeed"].get("zero_optimization", {}).get("stage", 1)
     return (
         f"{directory}\n"
         f"step {manifest.step:,} of {run['train']['steps']:,}, {manifest.consumed_samples:,} samples consumed\n"
-        f"{weights:,} parameters; {sum(file.bytes for file in manifest.files.values()):,} bytes in "
-        f"{len(manifest.files)} files; format {manifest.format}, {manifest.software}\n"
+        f"{weights:,} parameters; {_files(manifest)}\n"
         f"written by {manifest.world_size} processes, {parallel}, ZeRO {stage}, {run['train']['precision']}\n"
     )
+
+
+def _files(manifest: Manifest) -> str:
+    size = sum(file.bytes for file in manifest.files.values())
+    return f"{size:,} bytes in {len(manifest.files)} files; format {manifest.format}, {manifest.software}"
 
 
 def _bank_table(manifest: Manifest) -> Table:

@@ -32,14 +32,18 @@ class WeightReader:
         found = self.manifest.tensors.items()
         return {name.removeprefix(_PREFIX): tuple(t.shape) for name, t in found if name.startswith(_PREFIX)}
 
-    def read(self, name: str) -> torch.Tensor:
-        """The whole weight `name`, in the precision it was trained in: float32."""
-        entry = self.manifest.tensors[_PREFIX + name]
+    def read(self, name: str, *, state: str = "weight") -> torch.Tensor:
+        """The whole weight `name`: float32 after training, in the source's precision after a conversion.
+
+        `state` is "buffer" for what is no parameter, such as a router's expert bias.
+        """
+        key = f"{state}/{name}"
+        entry = self.manifest.tensors[key]
         whole = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
         for chunk in entry.chunks:
             with safe_open(self.directory / chunk.file, framework="pt") as file:
                 place = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-                whole[place] = file.get_tensor(tensor_key(_PREFIX + name, chunk.offsets))
+                whole[place] = file.get_tensor(tensor_key(key, chunk.offsets))
         return whole
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:

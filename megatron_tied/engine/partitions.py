@@ -21,7 +21,8 @@ class Fragment:
     """Elements `start` and following of a flattened parameter of this rank.
 
     `tensors` holds the weights that the optimizer updates, under "weight" (float32 at every ZeRO stage), and its
-    states under its own names: 1-D views of equal length, writing to which changes the optimizer.
+    states under its own names: 1-D views of equal length, writing to which changes the optimizer. A frozen parameter
+    has weights alone, in the model's precision.
     """
 
     parameter: str
@@ -30,11 +31,12 @@ class Fragment:
 
 
 def fragments(engine: TiedMoEEngine) -> list[Fragment]:
-    """Everything that this rank's optimizer holds."""
-    return [
+    """Everything that this rank's optimizer holds, and what it has of frozen parameters: at stages 0 to 2 all of it."""
+    updated = [
         Fragment(name, start, {key: flat.narrow(0, offset, numel) for key, flat in _flat_tensors(engine, holder)})
         for name, start, numel, holder, offset in _runs(engine)
     ]
+    return [*updated, *_frozen(engine)]
 
 
 def weights(engine: TiedMoEEngine, parameters: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -142,6 +144,20 @@ def _runs(engine: TiedMoEEngine) -> Iterator[tuple[str, int, int, torch.Tensor, 
             numel = min(padded, parameter.ds_numel - start)
             if numel > 0:
                 yield name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset
+
+
+def _frozen(engine: TiedMoEEngine) -> Iterator[Fragment]:
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        if engine.zero_optimization_stage() < 3:
+            yield Fragment(name, 0, {WEIGHT: parameter.detach().view(-1)})
+            continue
+        part = parameter.ds_tensor
+        start = engine.optimizer._get_param_partition_rank(parameter) * part.ds_numel
+        numel = min(part.ds_numel, parameter.ds_numel - start)
+        if numel > 0:
+            yield Fragment(name, start, {WEIGHT: part.detach().view(-1).narrow(0, 0, numel)})
 
 
 def _holders(engine: TiedMoEEngine) -> list[torch.Tensor]:

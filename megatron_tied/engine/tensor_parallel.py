@@ -30,5 +30,5 @@ def sum_partial_gradients(model: torch.nn.Module) -> None:
         return total
 
     for parameter in partial:
-        if not hasattr(parameter, "partial_gradient_hook"):
+        if parameter.requires_grad and not hasattr(parameter, "partial_gradient_hook"):
             parameter.partial_gradient_hook = parameter.register_hook(summed)

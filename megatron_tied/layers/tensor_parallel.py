@@ -10,7 +10,10 @@ from megatron_tied.layers.moe_layer import tied_layers
 
 # Megatron-Core's names. Column parallel layers are cut along their outputs, biases included; row parallel ones along
 # their inputs.
-_COLUMN_PARALLEL = ("word_embeddings", "output_layer", "linear_qkv", "linear_fc1")
+_COLUMN_PARALLEL = (
+    *("word_embeddings", "output_layer", "linear_qkv", "linear_fc1"),
+    *("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj"),
+)
 _ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
 

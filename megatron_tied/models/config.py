@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.models.latent_attention import is_latent, latent_problems
 from megatron_tied.models.presets import preset_fields
 from megatron_tied.topology import TieConfig, TieTopology
 
@@ -50,6 +51,16 @@ _SAID_ELSEWHERE = {
     "expert_model_parallel_size": "parallel.expert_model_parallel_size",
     "tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
     "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
+}
+
+# How a model is computed and regularised, not what it is: these may change between runs with the same weights.
+TRAINING_ONLY_FIELDS = {
+    *("preset", "scale", "expert_backend", "moe_token_dispatcher_type"),
+    *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+    *("hidden_dropout", "attention_dropout", "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate"),
+    *("init_method_std", "moe_router_load_balancing_type", "moe_router_dtype", "moe_expert_capacity_factor"),
+    *("moe_permute_fusion", "moe_router_fusion", "moe_shared_expert_overlap", "masked_softmax_fusion"),
+    *("bias_activation_fusion", "bias_dropout_fusion", "cross_entropy_loss_fusion", "deterministic_mode"),
 }
 
 # torch.nn.functional.grouped_mm wants row strides that are multiples of 16 bytes, which is 8 bf16 numbers.
@@ -187,7 +198,8 @@ class ModelConfig(BaseModel):
 
     def problems(self) -> list[Problem]:
         """What is wrong between fields that are each valid alone."""
-        head_size_derived = "kv_channels" not in self.model_fields_set
+        # Latent attention has widths of its own.
+        head_size_derived = "kv_channels" not in self.model_fields_set and not is_latent(self)
         grouped = self.expert_backend == "grouped"
         whole_projection = self.qk_norm_scope == "projection"
         shared = self.moe_shared_expert_intermediate_size is not None
@@ -204,7 +216,11 @@ class ModelConfig(BaseModel):
                 self.num_attention_heads % self.num_query_groups,
                 f"must divide model.num_attention_heads = {self.num_attention_heads}",
             ),
-            ("kv_channels", self.kv_channels % 2, "must be even, for rotary position embeddings"),
+            (
+                "kv_channels",
+                self.kv_channels % 2 and not is_latent(self),
+                "must be even, for rotary position embeddings",
+            ),
             ("rotary_percent", self.rotary_percent > 1, "must be at most 1"),
             (
                 "qk_norm_scope",
@@ -261,7 +277,8 @@ class ModelConfig(BaseModel):
             ),
             *((name, name in self._extra, f"is set by {key}") for name, key in _SAID_ELSEWHERE.items()),
         )
-        return [Problem(f"model.{name}", getattr(self, name), valid) for name, bad, valid in checks if bad]
+        found = [Problem(f"model.{name}", getattr(self, name), valid) for name, bad, valid in checks if bad]
+        return found + latent_problems(self)
 
     @property
     def _extra(self) -> dict[str, Any]:

@@ -8,11 +8,12 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.experts import HAVE_TE
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.config import ModelConfig, indivisible
 from megatron_tied.models.initialization import initialize_weights
+from megatron_tied.models.latent_attention import is_latent
 from megatron_tied.models.spec import tied_decoder_block_spec, use_projection_norm, use_qkv_clip
 from megatron_tied.topology import TieConfig
 
@@ -22,6 +23,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 # Options that Megatron-Core would fail on late, in words of its own: (what they need, whether it is here).
 _NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
+    "apply_rope_fusion": ("Transformer Engine", lambda: HAVE_TE),
     "moe_permute_fusion": ("Transformer Engine", lambda: HAVE_TE),
     "moe_router_fusion": ("Transformer Engine", lambda: HAVE_TE),
     "moe_shared_expert_overlap": ("CUDA: it overlaps two streams", torch.cuda.is_available),
@@ -62,7 +64,11 @@ def transformer_config(model: ModelConfig, *, precision: str = "fp32") -> Transf
         # Homogeneous layers cannot hold banks in a distributed checkpoint.
         "hetereogenous_dist_checkpoint": True,
     }
-    return TransformerConfig(**(host | model.transformer_kwargs() | ours))
+    kwargs = host | model.transformer_kwargs() | ours
+    if is_latent(model):
+        # There attention has a rotary embedding of its own.
+        return MLATransformerConfig(**kwargs, rotary_base=model.rotary_base, rotary_percent=model.rotary_percent)
+    return TransformerConfig(**kwargs)
 
 
 def _lacking(model: ModelConfig) -> list[Problem]:

@@ -91,6 +91,7 @@ _LATENT_ATTENTION = {
     "qk_pos_emb_head_dim": 64,
     "v_head_dim": 128,
     "kv_channels": 128,
+    "rope_type": "rope",
     "qk_layernorm": True,  # of the compressed query and of the compressed key and value
     "layernorm_epsilon": 1e-6,
 }

@@ -16,7 +16,9 @@ from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.layers.attention import ClippedSelfAttention, ProjectionRMSNorm
 from megatron_tied.layers.backends import experts_spec
 from megatron_tied.layers.banks import ExpertBanks
+from megatron_tied.layers.core_attention import ScaledDotProductAttention
 from megatron_tied.layers.grouped_experts import unsupported_options
+from megatron_tied.layers.latent_attention import LatentSelfAttention
 from megatron_tied.layers.moe_layer import TiedMoELayer
 from megatron_tied.layers.norm import TorchNorm
 from megatron_tied.platform.specs import Spec, spec_like, submodules_of
@@ -50,6 +52,8 @@ def tied_decoder_block_spec(
     )
     tie_layer_specs(block, config, topology, vp_stage=vp_stage, experts=experts_spec(expert_backend))
     _allow_sequence_parallel_norms(block)
+    if config.multi_latent_attention and not use_te:
+        _use_own_latent_attention(block)
     return block
 
 
@@ -96,6 +100,14 @@ def _allow_sequence_parallel_norms(block: TransformerBlockSubmodules) -> None:
         for name, module in vars(part).items():
             if module is WrappedTorchNorm:
                 setattr(part, name, TorchNorm)
+
+
+def _use_own_latent_attention(block: TransformerBlockSubmodules) -> None:
+    for layer in block.layer_specs:
+        attention = layer.submodules.self_attention
+        attention.module = LatentSelfAttention
+        # Upstream's wants values as wide as keys.
+        attention.submodules.core_attention = ScaledDotProductAttention
 
 
 def use_projection_norm(block: TransformerBlockSubmodules, heads: int, query_groups: int) -> None:

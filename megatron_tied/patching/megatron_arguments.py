@@ -9,10 +9,10 @@ from typing import Any
 
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.config import ModelConfig
+from megatron_tied.models.latent_attention import LatentSizes
 from megatron_tied.patching.arguments import Arguments
 from megatron_tied.patching.expressions import integers
 from megatron_tied.planner.layout import Layout
-from megatron_tied.planner.tensors import LatentSizes
 
 _NEEDED = ("--num-layers", "--hidden-size", "--num-attention-heads", "--num-experts")
 _FREQUENCY, _DENSE_FIRST = "--moe-layer-freq", "--first-k-dense-replace"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_tied.models.config import ModelConfig
+from megatron_tied.models.latent_attention import is_latent, latent_sizes
 from megatron_tied.planner.layout import Layout, Recompute
-from megatron_tied.planner.tensors import is_latent, latent_sizes
 from megatron_tied.topology import TieTopology
 
 _FP32 = 4

@@ -9,6 +9,7 @@ from typing import Literal
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.config import ModelConfig, indivisible
 from megatron_tied.planner.pipeline import aligned_cut, straddling
+from megatron_tied.planner.tensors import Kind
 from megatron_tied.topology import TieTopology
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -70,9 +71,9 @@ class Layout:
     """Ranks, batch, precision and ZeRO of a run. Batch sizes in sequences, bucket sizes in elements.
 
     Expert parallel groups are runs of neighbouring ranks, tensor parallel groups too; experts are whole on every
-    tensor parallel rank. overlap_comm None: DeepSpeed's default. imbalance: tokens of the busiest expert parallel
-    rank over the mean. weight_gradient: `immediate` adds each use site's gradient to its bank's; `fused` keeps the
-    inputs of all of them for one product.
+    tensor parallel rank. frozen: kinds of parameters that are not trained. overlap_comm None: DeepSpeed's default.
+    imbalance: tokens of the busiest expert parallel rank over the mean. weight_gradient: `immediate` adds each use
+    site's gradient to its bank's; `fused` keeps the inputs of all of them for one product.
     """
 
     world_size: int
@@ -86,6 +87,7 @@ class Layout:
     zero_stage: int = 1
     recompute: Recompute = Recompute()
     optimizer: Literal["adamw", "muon"] = "adamw"
+    frozen: frozenset[Kind] = frozenset()
     offload_optimizer: bool = False
     offload_parameters: bool = False
     overlap_comm: bool | None = None

@@ -91,7 +91,7 @@ def model_states(
 ) -> ModelStates:
     """The states of a rank of the pipeline stage that has `layers` (all layers: no pipeline)."""
     tensors = list(stage_tensors(model, topology, layers, vocab_size))
-    groups = optimizer_groups(tensors, topology, layout)
+    groups = optimizer_groups([tensor for tensor in tensors if tensor.kind not in layout.frozen], topology, layout)
     parameters: Counter[Kind] = Counter()
     for tensor in tensors:
         parameters[tensor.kind] += local_elements(tensor, layout)
@@ -99,7 +99,7 @@ def model_states(
     elements = sum(group.elements if 0 < layout.zero_stage < 3 else sum(group.sizes) for group in groups)
     parts = [_partition(group, layout) for group in groups]
     held = sum(parts)
-    weights = (held if partitioned else elements) * layout.width
+    weights = ((held if partitioned else elements) + _frozen_elements(tensors, layout)) * layout.width
     gradients = _gradient_elements(groups, layout, elements, held) * layout.width
     # Stage 0 updates the fp32 weights themselves; elsewhere there is a master copy, of fp32 weights too.
     master = 0 if layout.zero_stage == 0 else _FP32
@@ -136,13 +136,21 @@ def _sizes(tensors: Sequence[Tensor], topology: TieTopology, layout: Layout, lay
             layer = tensor.layer
         else:
             layer = layers[0] if tensor.kind == "embedding" else layers[-1]
-        gradients[layer] += elements * layout.width
+        gradients[layer] += elements * layout.width if tensor.kind not in layout.frozen else 0
     return {
         "layer_gradients": gradients,
         "banks": dict(banks),
         "largest_tensor": max(local_size(tensor, layout) for tensor in tensors),
         "gathered": gathering(tensors, topology, layout),
     }
+
+
+def _frozen_elements(tensors: Sequence[Tensor], layout: Layout) -> int:
+    """Elements of frozen parameters on a rank: whole up to stage 2, in partitions at stage 3."""
+    frozen = [tensor for tensor in tensors if tensor.kind in layout.frozen]
+    if layout.zero_stage < 3:
+        return sum(local_elements(tensor, layout) for tensor in frozen)
+    return sum(-(-local_size(tensor, layout) // layout.data_parallel) for tensor in frozen)
 
 
 def _partition(group: Group, layout: Layout) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from megatron_tied.models.config import ModelConfig
+from megatron_tied.models.latent_attention import is_latent, latent_sizes
 from megatron_tied.topology import Bank, TieTopology
 
 Kind = Literal["embedding", "output", "attention", "norms", "router", "dense_mlp", "shared_experts", "bank"]
@@ -73,32 +74,13 @@ def bank_tensors(model: ModelConfig, bank: Bank, experts: int) -> Iterator[Tenso
             yield tensor._replace(cut="expert", bank=bank.index, copies=experts)
 
 
-def is_latent(model: ModelConfig) -> bool:
-    """Whether attention is multi-head latent attention (DeepSeek-V2)."""
-    return bool((model.model_extra or {}).get("multi_latent_attention"))
-
-
-class LatentSizes(NamedTuple):
-    """The widths of latent attention, named as in Megatron-Core's MLATransformerConfig, with its defaults."""
-
-    q_lora_rank: int | None = 512
-    kv_lora_rank: int = 512
-    qk_head_dim: int = 128
-    qk_pos_emb_head_dim: int = 64
-    v_head_dim: int = 128
-
-
-def latent_sizes(model: ModelConfig) -> LatentSizes:
-    """The widths that `model` gives, and Megatron-Core's for the rest."""
-    extra = model.model_extra or {}
-    return LatentSizes(**{name: extra[name] for name in LatentSizes._fields if name in extra})
-
-
 def latent_attention(model: ModelConfig) -> Iterator[Tensor]:
     """The projections of latent attention; only those per head are cut by tensor parallelism."""
     hidden, heads, sizes = model.hidden_size, model.num_attention_heads, latent_sizes(model)
     query = heads * (sizes.qk_head_dim + sizes.qk_pos_emb_head_dim)
     yield Tensor("attention", heads * sizes.v_head_dim * hidden, "tensor")
+    if model.add_bias_linear:
+        yield Tensor("attention", hidden, decays=False)
     if sizes.q_lora_rank is None:
         yield Tensor("attention", query * hidden, "tensor")
     else:

@@ -13,11 +13,15 @@ def is_needed() -> bool:
 def install_shims() -> None:
     """Install every shim of this module, once."""
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
     # The router compares this name with None before it multiplies.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+    # It takes the import of its own extension for one of Transformer Engine, and asks whether a layer is a None.
+    multi_latent_attention.HAVE_TE = False
 
     # Its default, fp8=False, means "ask Transformer Engine whether fp8 is on": layernorm recompute uses it.
     original = CheckpointWithoutOutput.__init__

@@ -6,18 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.models.config import TRAINING_ONLY_FIELDS
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import parse_config
 
-# How a model is computed and regularised, not what it is: these may change.
-_FREE_MODEL_KEYS = {
-    *("preset", "scale", "expert_backend", "moe_token_dispatcher_type"),
-    *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
-    *("hidden_dropout", "attention_dropout", "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate"),
-    *("init_method_std", "moe_router_load_balancing_type", "moe_router_dtype", "moe_expert_capacity_factor"),
-    *("moe_permute_fusion", "moe_router_fusion", "moe_shared_expert_overlap", "masked_softmax_fusion"),
-    *("bias_activation_fusion", "bias_dropout_fusion", "cross_entropy_loss_fusion", "deterministic_mode"),
-}
 # What the order of samples follows from.
 _DATA_KEYS = (("train", "seq_length"), ("train", "global_batch_size"), ("train", "seed"))
 
@@ -31,6 +23,15 @@ def same_model_problems(config: RunConfig, saved: Mapping[str, Any], checkpoint:
     return [*_model_problems(config, other, checkpoint), *_tie_problems(config, other, checkpoint)]
 
 
+def teacher_problems(config: RunConfig, saved: Mapping[str, Any], checkpoint: str) -> list[Problem]:
+    """Why a run with the config `saved` is no teacher for this one; its banks may be others."""
+    try:
+        other = parse_config(saved)
+    except ConfigError as error:
+        return [Problem(checkpoint, None, f"was written with a config that is not valid here: {error}")]
+    return list(_model_problems(config, other, checkpoint))
+
+
 def resume_problems(config: RunConfig, saved: Mapping[str, Any], checkpoint: str) -> list[Problem]:
     """Why a run with the config `saved` cannot be gone on with by this one: another model, or another order of data.
 
@@ -39,12 +40,13 @@ def resume_problems(config: RunConfig, saved: Mapping[str, Any], checkpoint: str
     """
     if problems := same_model_problems(config, saved, checkpoint):
         return problems
-    return list(_data_problems(config, parse_config(saved), checkpoint))
+    other = parse_config(saved)
+    return [*_data_problems(config, other, checkpoint), *_freeze_problems(config, other, checkpoint)]
 
 
 def _model_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> Iterator[Problem]:
     ours, theirs = config.model.model_dump(), other.model.model_dump()
-    for key in sorted((ours.keys() | theirs.keys()) - _FREE_MODEL_KEYS):
+    for key in sorted((ours.keys() | theirs.keys()) - TRAINING_ONLY_FIELDS):
         if ours.get(key) != theirs.get(key):
             yield Problem(f"model.{key}", ours.get(key), f"must be {theirs.get(key)!r}, as in {checkpoint}")
 
@@ -69,6 +71,13 @@ def _data_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> Iter
     # The paths may differ: data is copied to other machines. How much of each is read may not.
     if _weights(config.data.train) != _weights(other.data.train):
         yield Problem("data.train", config.data.train, f"must have the weights of {other.data.train!r}, {reason}")
+
+
+def _freeze_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> Iterator[Problem]:
+    ours, theirs = sorted(set(config.frozen())), sorted(set(other.frozen()))
+    if ours != theirs:
+        valid = f"must be {theirs}, as in {checkpoint}, for what is frozen has no optimizer states; see train.init_from"
+        yield Problem("optimizer.freeze", ours, valid)
 
 
 def _share(config: RunConfig) -> float:

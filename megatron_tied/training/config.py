@@ -127,6 +127,19 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8
     warmup_steps: CountFromZero = 0
     clip_grad: NonNegative = 1.0
+    # What keeps the weights it begins with, and has no optimizer states; null: norms with a teacher, else nothing.
+    freeze: tuple[Literal["norms"], ...] | None = None
+
+
+class DistillConfig(Section):
+    """A teacher that a run learns from besides its data, such as the model that it was before its layers were tied."""
+
+    # A checkpoint, or a run, whose model differs in its banks only; its weights do not change.
+    teacher: PathName | None = None
+    # Beside the cross entropy, what weighs KL(teacher || student), a mean over tokens, and how far the outputs of MoE
+    # layers are from the teacher's: the mean squared difference over the mean square, a mean over layers.
+    kl: NonNegative = 0.1
+    moe_output: NonNegative = 0.1
 
 
 class CheckpointConfig(Section):
@@ -173,6 +186,7 @@ class RunConfig(Section):
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    distill: DistillConfig = DistillConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     # What ds_config.json would hold; ZeRO stage 1 unless it says another.
@@ -181,6 +195,12 @@ class RunConfig(Section):
     def topology(self) -> TieTopology:
         """Which layer uses which expert bank. Raises ConfigError."""
         return self.model.topology(self.tie)
+
+    def frozen(self) -> tuple[str, ...]:
+        """What training leaves as it is, in the words of `optimizer.freeze`."""
+        if self.optimizer.freeze is not None:
+            return self.optimizer.freeze
+        return ("norms",) if self.distill.teacher is not None else ()
 
     def data_parallel_size(self, world_size: int) -> int:
         """Over how many groups of tensor parallel ranks a global batch is spread."""
@@ -213,6 +233,7 @@ class RunConfig(Section):
             *self._parallel_problems(world_size),
             *self._batch_problems(world_size),
             *self._schedule_problems(),
+            *self._distill_problems(),
             *deepspeed_problems(self.deepspeed, **self._run_values(world_size)),
             *deepspeed_type_problems(self.deepspeed),
             *self._checkpoint_problems(),
@@ -292,6 +313,18 @@ class RunConfig(Section):
                 valid = "must be 0 without validation data: see data.validation and data.split"
                 yield Problem("train.eval_every", train.eval_every, valid)
 
+    def _distill_problems(self) -> Iterator[Problem]:
+        distill = self.distill
+        if distill.teacher is None:
+            if distill != DistillConfig():
+                yield Problem("distill.teacher", None, "must be given with the other keys of distill")
+            return
+        if distill.kl == distill.moe_output == 0:
+            yield Problem("distill.kl", distill.kl, "must be > 0, or distill.moe_output: else it teaches nothing")
+        if self.parallel.tensor_model_parallel_size > 1:
+            valid = "must be null with tensor parallelism: a rank must have all logits of a token"
+            yield Problem("distill.teacher", distill.teacher, valid)
+
     def _checkpoint_problems(self) -> Iterator[Problem]:
         if self.checkpoint.save_every and self.offloads_to_nvme():
             valid = "must be 0 with offload to nvme: what is on it is not saved; offload to cpu is"
@@ -318,9 +351,10 @@ class RunConfig(Section):
 
 
 def transformer_fields() -> Mapping[str, str]:
-    """The fields of Megatron-Core's TransformerConfig, with their annotations as written."""
+    """The fields of Megatron-Core's TransformerConfig and of that of latent attention, with their annotations."""
     modules = ("megatron.core.transformer.transformer_config", "megatron.core.model_parallel_config")
-    return class_fields("TransformerConfig", *modules)
+    # Upstream's annotation leaves out None: queries that are not compressed.
+    return {**class_fields("MLATransformerConfig", *modules), "q_lora_rank": "Optional[int]"}
 
 
 _SUPPORTED = "expert, tensor and data"
@@ -331,6 +365,7 @@ _NEVER = object()  # equal to nothing: no value of the key is harmless
 
 _REFUSED_MODEL_KEYS: Refusals = {
     "autocast_dtype": (None, "is set by train.precision"),
+    "cache_mla_latents": (False, "must be false: it is for inference"),
     "calculate_per_token_loss": (False, "must be false: the loss is a mean over each micro-batch"),
     "context_parallel_size": (1, _ONE_RANK),
     "delay_wgrad_compute": (False, _UNDER_DEEPSPEED),
@@ -339,7 +374,6 @@ _REFUSED_MODEL_KEYS: Refusals = {
     "gradient_accumulation_fusion": (False, _UNDER_DEEPSPEED),
     "hetereogenous_dist_checkpoint": (_NEVER, _SET_BY_US),
     "mtp_num_layers": (None, "must be left out: multi-token prediction is not supported"),
-    "multi_latent_attention": (False, "must be false: latent attention is not supported"),
     "overlap_moe_expert_parallel_comm": (False, "must be false: it needs Megatron's own schedules"),
     "perform_initialization": (_NEVER, _SET_BY_US),
     "sequence_parallel": (False, "must be left out: it comes with parallel.tensor_model_parallel_size > 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -12,22 +13,35 @@ from megatron_tied.engine.engine import TiedMoEEngine
 Batch = dict[str, torch.Tensor]
 
 
+class Inputs(NamedTuple):
+    """A micro-batch on the device: int64 [b, s], and `loss_mask` float32 [b, s]."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    loss_mask: torch.Tensor
+
+    def mean(self, losses: torch.Tensor) -> torch.Tensor:
+        """The mean of what each token has [b, s], over those that count."""
+        return (losses * self.loss_mask).sum() / self.loss_mask.sum()
+
+
 class LossFunction:
     """Mean cross entropy per token of one micro-batch [b, s], through the engine."""
 
     def __init__(self, seq_length: int, device: torch.device):
         self._device = device
         # Megatron-Core makes this mask itself only on CUDA; True: may not attend. [1, 1, s, s]
-        self._mask = torch.ones(seq_length, seq_length, dtype=torch.bool, device=device).triu(1)[None, None]
+        self.mask = torch.ones(seq_length, seq_length, dtype=torch.bool, device=device).triu(1)[None, None]
 
     def __call__(self, engine: TiedMoEEngine, batch: Batch) -> torch.Tensor:
         """A scalar that `engine.backward` takes."""
-        tokens, labels, positions, loss_mask = (
-            batch[name].to(self._device, non_blocking=True)
-            for name in ("tokens", "labels", "position_ids", "loss_mask")
-        )
-        losses = engine(tokens, positions, self._mask, labels=labels).float()
-        return (losses * loss_mask).sum() / loss_mask.sum()
+        inputs = self.inputs(batch)
+        return inputs.mean(engine(inputs.tokens, inputs.position_ids, self.mask, labels=inputs.labels).float())
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """The parts of `batch`, on the device."""
+        return Inputs(*(batch[name].to(self._device, non_blocking=True) for name in Inputs._fields))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from megatron_tied.monitor.sinks import Sinks, Tables
 from megatron_tied.platform import device
 from megatron_tied.training.checkpoints import Checkpoints
 from megatron_tied.training.config import RunConfig
+from megatron_tied.training.distillation import Distillation
 from megatron_tied.training.evaluation import Batch, LossFunction, evaluate
 from megatron_tied.training.guards import check_consistency, check_step, loss_scale_floor
 from megatron_tied.training.liveness import Liveness
@@ -44,10 +45,15 @@ def train(
     monitoring: Monitoring,
     plan: PlanCheck,
     done: int = 0,
+    distillation: Distillation | None = None,
 ) -> Trained:
-    """Run the steps after the first `done`, with logging, evaluation and checkpoints, to the end or to a signal."""
+    """Run the steps after the first `done`, with logging, evaluation and checkpoints, to the end or to a signal.
+
+    The objective is that of `distillation`, if given; held-out losses are cross entropies.
+    """
     settings = config.train
     loss_function = LossFunction(settings.seq_length, device())
+    objective = distillation or loss_function
     window = Window(config, engine, monitoring.constants, monitoring.step_time)
     latest: dict[str, Any] = {}
 
@@ -67,7 +73,7 @@ def train(
         for step in range(done + 1, settings.steps + 1):
             learning_rates = {group["label"]: group["lr"] for group in engine.optimizer.param_groups}
             with loss_scale_floor(step), monitoring.watching(step):
-                window.add(train_step(engine, loss_function, batches, monitoring))
+                window.add(train_step(engine, objective, batches, monitoring))
             progress.advance()
             liveness.step_done(step)
             if skipped := check_step(engine, step, settings):
@@ -76,7 +82,8 @@ def train(
             metrics, tables = monitoring.finish(step)
             if step % settings.log_every == 0 or step == settings.steps:
                 is_first = "loss" not in latest
-                metrics = window.close(step, learning_rates) | metrics
+                parts = distillation.take() if distillation else {}
+                metrics = window.close(step, learning_rates, parts) | metrics
                 progress.report(step, metrics)
                 if is_first:
                     progress.say(plan.line(engine, metrics["tokens_per_second"]))
@@ -101,7 +108,7 @@ def train(
 
 
 def train_step(
-    engine: TiedMoEEngine, loss_function: LossFunction, batches: Iterator[Batch], monitoring: Monitoring
+    engine: TiedMoEEngine, objective: LossFunction | Distillation, batches: Iterator[Batch], monitoring: Monitoring
 ) -> torch.Tensor:
     """One optimizer step over its micro-batches; returns their mean loss on this rank, detached."""
     losses = []
@@ -109,7 +116,7 @@ def train_step(
         with monitoring.phase("data"):
             batch = next(batches)
         with monitoring.forward():
-            loss = loss_function(engine, batch)
+            loss = objective(engine, batch)
         with monitoring.phase("backward"):
             engine.backward(loss)
         if left == 0:

@@ -10,13 +10,10 @@ from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.planner.hardware import Hardware
 from megatron_tied.planner.layout import Layout, Recompute
 from megatron_tied.planner.plan import Subject
-from megatron_tied.planner.tensors import LatentSizes, is_latent
 from megatron_tied.training.config import RunConfig
 
 # What can be planned although it cannot be trained yet.
-_PLANNED_ONLY = frozenset(
-    {"parallel.pipeline_model_parallel_size", "model.multi_latent_attention", "checkpoint.save_every"}
-)
+_PLANNED_ONLY = frozenset({"parallel.pipeline_model_parallel_size", "checkpoint.save_every"})
 # DeepSpeed's keys of sizes in elements, and the fields of Layout that hold them.
 _SIZES = {
     "reduce_bucket_size": "reduce_bucket_size",
@@ -26,14 +23,11 @@ _SIZES = {
     "stage3_max_reuse_distance": "max_reuse_distance",
     "sub_group_size": "sub_group_size",
 }
-_OF_LATENT_ATTENTION = frozenset(f"model.{name}" for name in LatentSizes._fields)
 
 
 def remarks(config: RunConfig, world_size: int) -> list[Problem]:
     """What stands against training `config` but not against planning it. Raises ConfigError for everything else."""
     problems = config.problems(world_size)
-    if is_latent(config.model):
-        problems = [problem for problem in problems if problem.field not in _OF_LATENT_ATTENTION]
     if wrong := [problem for problem in problems if problem.field not in _PLANNED_ONLY]:
         raise ConfigError(wrong)
     return problems
@@ -60,6 +54,7 @@ def planned_layout(config: RunConfig, world_size: int, **assumed: Any) -> Layout
         zero_stage=_stated(zero, "stage", 1),
         recompute=Recompute.of(config.model),
         optimizer=config.optimizer.name,
+        frozen=frozenset(config.frozen()),
         offload_optimizer=config.offload_device("offload_optimizer") is not None,
         offload_parameters=config.offload_device("offload_param") is not None,
         overlap_comm=_stated(zero, "overlap_comm", None),

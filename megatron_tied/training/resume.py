@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_tied.checkpoint.directory import CheckpointDirectory, resolve
@@ -10,16 +10,20 @@ from megatron_tied.checkpoint.loader import Checkpoint, newest_sound, on_rank_0,
 from megatron_tied.checkpoint.manifest import BrokenCheckpointError
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.run_directory import CHECKPOINTS, METRICS, SUMMARY
-from megatron_tied.training.compatibility import resume_problems, same_model_problems
+from megatron_tied.training.compatibility import resume_problems, same_model_problems, teacher_problems
 from megatron_tied.training.config import RunConfig
 
 
 @dataclass(frozen=True)
 class Start:
-    """`checkpoint` to go on from, or else `weights` to begin with, or neither; `remarks` are lines to show."""
+    """`checkpoint` to go on from, or else `weights` to begin with, or neither; `remarks` are lines to show.
+
+    `teacher` is what the run learns from, whichever way it begins.
+    """
 
     checkpoint: Checkpoint | None = None
     weights: Checkpoint | None = None
+    teacher: Checkpoint | None = None
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -34,15 +38,25 @@ def checkpoint_directory(config: RunConfig) -> CheckpointDirectory:
 
 
 def choose_start(config: RunConfig) -> Start:
-    """Follow `train.resume` and `train.init_from`; a collective, which may read a whole checkpoint for its checksums.
+    """Follow `train.resume`, `train.init_from` and `distill.teacher`; a collective.
 
-    Raises `ConfigError` on every rank, naming what is broken or does not fit, and what could be taken instead.
+    It may read whole checkpoints for their checksums. Raises `ConfigError` on every rank, naming what is broken or does
+    not fit, and what could be taken instead.
     """
     start = _chosen(config)
     if config.offloads_to_nvme() and (start.checkpoint or start.weights):
         valid = "must not offload to nvme where a run goes on from a checkpoint or begins with its weights"
         raise ConfigError(Problem("deepspeed.zero_optimization", config.deepspeed["zero_optimization"], valid))
-    return start
+    return _with_teacher(config, start)
+
+
+def _with_teacher(config: RunConfig, start: Start) -> Start:
+    if config.distill.teacher is None:
+        return start
+    teacher = _named(config.distill.teacher, "distill.teacher")
+    if problems := teacher_problems(config, teacher.manifest.run, str(teacher.path)):
+        raise ConfigError(problems)
+    return replace(start, teacher=teacher, remarks=[*start.remarks, f"learns from {teacher.path}"])
 
 
 def _chosen(config: RunConfig) -> Start:
@@ -87,6 +101,9 @@ def _automatic(config: RunConfig) -> Start:
 
 def _checked(config: RunConfig, start: Start) -> Start:
     path, manifest = start.checkpoint
+    if manifest.trainer.get("weights_only"):
+        valid = f"{path} was converted and holds weights only: begin a run with them by train.init_from={path}"
+        raise ConfigError(Problem("train.resume", config.train.resume, valid))
     problems = resume_problems(config, manifest.run, str(path))
     if manifest.step > config.train.steps:
         valid = f"must be at least {manifest.step}, the step of {path}"

@@ -23,6 +23,8 @@ from megatron_tied.monitor.wandb import WandbSink
 from megatron_tied.run_directory import METRICS, SUMMARY
 from megatron_tied.training.checkpoints import Checkpoints
 from megatron_tied.training.config import RunConfig
+from megatron_tied.training.distillation import Distillation, load_teacher
+from megatron_tied.training.freezing import freeze
 from megatron_tied.training.liveness import Liveness
 from megatron_tied.training.loop import train
 from megatron_tied.training.monitoring import Monitoring
@@ -61,6 +63,7 @@ def _run(config: RunConfig, start: Start, liveness: Liveness, signals: StopSigna
     directory = Path(config.train.run_dir)
     with liveness.patience():
         datasets = _datasets(config)
+    teacher = load_teacher(config, start.teacher) if start.teacher is not None else None
     engine, layout, figures = build_engine(config)
     last_use = LastUse(config.monitor.every)
     state = RunState(config, engine, layout, last_use)
@@ -83,8 +86,9 @@ def _run(config: RunConfig, start: Start, liveness: Liveness, signals: StopSigna
         plan = PlanCheck(config, torch.distributed.get_world_size())
         constants = {"parameters_unique": figures["unique"], "parameters_untied": figures["untied"], **plan.metrics}
         monitoring = Monitoring(config, engine, last_use, constants)
+        distillation = Distillation(config, teacher, engine.module) if teacher is not None else None
         step, metrics = train(
-            config, engine, datasets, sinks, checkpoints, signals, liveness, monitoring, plan, start.step
+            config, engine, datasets, sinks, checkpoints, signals, liveness, monitoring, plan, start.step, distillation
         )
     seconds = time.monotonic() - started
     if step < config.train.steps:
@@ -147,7 +151,8 @@ def build_engine(config: RunConfig) -> tuple[TiedMoEEngine, Layout, dict[str, in
     ds_config = config.deepspeed_config(torch.distributed.get_world_size())
     model = build_gpt_model(config.model, config.tie, seed=config.train.seed, precision=config.train.precision)
     figures = parameter_figures(model, config.topology())
-    layout = model_layout(model, partitioned=ds_config["zero_optimization"]["stage"] > 0)
+    freeze(model, config.frozen())
+    layout = model_layout(model, zero_stage=ds_config["zero_optimization"]["stage"])
     groups = parameter_groups(model, lr=settings.lr, weight_decay=settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
     schedule = lr_schedule(optimizer, config.train.steps, settings)

@@ -43,9 +43,12 @@ class Window:
         """Leave `seconds` that went into something else, an evaluation or writing, out of the speed."""
         self._began += seconds
 
-    def close(self, step: int, learning_rates: dict[str, float]) -> dict[str, float]:
+    def close(
+        self, step: int, learning_rates: dict[str, float], parts: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
         """Means over the window's steps and all ranks, and what only the last step has. A collective.
 
+        `parts` are those of the losses that were added, `lm_loss` among them, where they are more than that.
         loss: the training objective; lm_loss: cross entropy, and its perplexity; aux_loss, z_loss: per MoE layer,
         without their coefficients; grad_norm: before clipping, last step; loss_scale: fp16's; lr: of the untied
         weights, and one `lr/...` per group; tokens: seen so far; memory_gb: peak of CUDA memory on this rank, or
@@ -53,13 +56,14 @@ class Window:
         and optimizer states; time/...: see `StepTime`; and the constants.
         """
         engine, steps = self._engine, len(self._losses)
-        lm_loss = average_over_ranks(torch.stack(self._losses).mean())
+        added = average_over_ranks(torch.stack(self._losses).mean())
+        parts = parts or {"lm_loss": added}
         moe = take_moe_losses(engine.module.config, self._moe_layers, steps * engine.gradient_accumulation_steps())
         seconds = time.perf_counter() - self._began
         metrics = {
-            "loss": lm_loss + moe.objective,
-            "lm_loss": lm_loss,
-            "perplexity": math.exp(min(lm_loss, 700.0)),
+            "loss": added + moe.objective,
+            **parts,
+            "perplexity": math.exp(min(parts["lm_loss"], 700.0)),
             "aux_loss": moe.aux_loss,
             "z_loss": moe.z_loss,
             "grad_norm": float(engine.get_global_grad_norm()),

@@ -50,7 +50,7 @@ def test_elements_of_other_blocks_are_left_alone() -> None:
 @pytest.mark.parametrize("backend", ["grouped", "sequential"])
 @pytest.mark.usefixtures("one_process")
 def test_a_bank_is_named_once_and_alike_by_every_backend(backend: str) -> None:
-    layout = model_layout(build(expert_backend=backend), partitioned=True)
+    layout = model_layout(build(expert_backend=backend))
     blocks = [block for parameter in layout.values() for block in parameter.blocks]
     experts = {block.tensor: block.shape for block in blocks if ".experts." in block.tensor}
     assert experts == {
@@ -66,7 +66,7 @@ def test_blocks_hold_the_matrices_of_each_expert() -> None:
     parameters = dict(model.named_parameters())
     name = "decoder.layers.1.mlp.experts.fc1_weight"
     experts = list(tied_layers(model))[1].experts
-    for block in model_layout(model, partitioned=True)[name].blocks:
+    for block in model_layout(model)[name].blocks:
         index = block.offsets[0]
         gate, up = experts.fc1_weight[index].chunk(2)
         expected = {"gate": gate, "up": up}[block.tensor.rpartition(".")[2]]
@@ -80,4 +80,4 @@ def test_expert_parameters_without_a_place_are_refused() -> None:
     experts = next(tied_layers(model)).experts
     experts.local_experts[0].linear_fc1.register_parameter("bias", torch.nn.Parameter(torch.zeros(32)))
     with pytest.raises(TypeError, match=r"linear_fc1\.bias: a checkpoint cannot hold this expert parameter"):
-        model_layout(model, partitioned=True)
+        model_layout(model)

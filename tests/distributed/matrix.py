@@ -32,7 +32,7 @@ WORLDS = ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4))
 SEQUENCE = 16
 # With these seeds no token of any step comes near another choice of experts, and no query, key or value near the edge
 # of the clip: there rounding could flip a choice, and change gradients by more than rounding.
-SEEDS = {"olmoe": 7, "qwen3_moe": 14}
+SEEDS = {"olmoe": 7, "qwen3_moe": 14, "deepseek_v2": 10}
 OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 1.0}
 LIMITS = {"loss": 1e-5, "first gradient": 1e-5, "last gradient": 1e-5, "final weight": 1e-4}
 

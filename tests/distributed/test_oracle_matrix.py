@@ -25,6 +25,15 @@ SUBSET = {
         Case(ep=4, stage=2),
     ],
 }
+# Latent attention, with what is its own: down projections that tensor parallel ranks share, and ways to recompute.
+LATENT = [
+    Case(stage=0, accumulation=2),
+    Case(ep=2, stage=1, recompute="core_attn"),
+    Case(ep=2, stage=2, recompute="full"),
+    Case(ep=2, stage=3, recompute="mla_up_proj"),
+    Case(tp=2, stage=1),
+    Case(tp=2, ep=2, stage=3, recompute="mla_up_proj"),
+]
 
 
 @pytest.mark.parametrize("world", SUBSET)
@@ -33,3 +42,9 @@ def test_equals_plain_pytorch(arch: str, world: int) -> None:
     for case, errors in zip(SUBSET[world], run_cases(Job(arch), world, SUBSET[world]), strict=True):
         too_large = {name: error for name, error in errors.items() if error > LIMITS[name]}
         assert not too_large, f"{arch}, world {world}, {case}: {too_large}"
+
+
+def test_latent_attention_equals_plain_pytorch() -> None:
+    for case, errors in zip(LATENT, run_cases(Job("deepseek_v2", steps=4), 2, LATENT), strict=True):
+        too_large = {name: error for name, error in errors.items() if error > LIMITS[name]}
+        assert not too_large, f"{case}: {too_large}"

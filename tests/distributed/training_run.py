@@ -21,10 +21,11 @@ from tests.oracle.names import (
     all_experts_name,
     join_tensor_parallel,
     tensor_parallel_dim,
+    tensor_parallel_part,
     to_megatron,
     to_reference,
 )
-from tests.oracle.reference import ReferenceSpec, Weights
+from tests.oracle.reference import LATENT_ATTENTION, ROUTED_SCALING, YARN, ReferenceSpec, Weights
 from tests.tiny_model import FIELDS
 
 # A small eps would let AdamW amplify the rounding of near-zero gradients beyond the tolerances.
@@ -38,6 +39,8 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
     "moe_act": {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
     "layernorm": {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+    "core_attn": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "mla_up_proj": {"recompute_granularity": "selective", "recompute_modules": ["mla_up_proj"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     "full_by_5": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 5},
     "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
@@ -61,6 +64,7 @@ class Case:
 
 def model_config(spec: ReferenceSpec, case: Case) -> mt.ModelConfig:
     """The project's config of the reference's architecture."""
+    latent = _latent_attention(spec) if spec.arch == "deepseek_v2" else {}
     return mt.ModelConfig.resolve(
         {
             "num_layers": spec.num_layers,
@@ -77,14 +81,31 @@ def model_config(spec: ReferenceSpec, case: Case) -> mt.ModelConfig:
             "qk_layernorm": True,
             "qk_norm_scope": "projection" if spec.arch == "olmoe" else "head",
             "qkv_clip": spec.qkv_clip,
-            "moe_router_pre_softmax": spec.arch == "olmoe",
+            "moe_router_pre_softmax": spec.arch != "qwen3_moe",
             "moe_aux_loss_coeff": spec.aux_coeff,
             "moe_z_loss_coeff": spec.z_coeff,
             "moe_token_dispatcher_type": case.dispatcher,
             "expert_backend": case.backend,
+            **latent,
             **RECOMPUTE[case.recompute],
         }
     )
+
+
+def _latent_attention(spec: ReferenceSpec) -> dict[str, Any]:
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": LATENT_ATTENTION["q_lora_rank"],
+        "kv_lora_rank": LATENT_ATTENTION["kv_lora_rank"],
+        "qk_head_dim": LATENT_ATTENTION["qk_nope_head_dim"],
+        "qk_pos_emb_head_dim": LATENT_ATTENTION["qk_rope_head_dim"],
+        "v_head_dim": LATENT_ATTENTION["v_head_dim"],
+        "rope_type": "yarn",
+        "rotary_scaling_factor": YARN["factor"],
+        **{name: value for name, value in YARN.items() if name != "factor"},
+        "moe_shared_expert_intermediate_size": spec.expert_ffn,
+        "moe_router_topk_scaling_factor": ROUTED_SCALING,
+    }
 
 
 @contextmanager
@@ -116,7 +137,9 @@ def load_reference(model: torch.nn.Module, spec: ReferenceSpec, start: Weights) 
         for name, parameter in model.named_parameters():
             value = to_megatron(spec, start, name, experts)
             dim = tensor_parallel_dim(name, projection_norm=spec.arch == "olmoe")
-            parameter.copy_(value if dim is None else value.chunk(group.size(), dim)[group.rank()])
+            if dim is not None:
+                value = tensor_parallel_part(name, value, dim, group.rank(), group.size())
+            parameter.copy_(value)
 
 
 def gather(model: torch.nn.Module, spec: ReferenceSpec, values: dict[str, Tensor]) -> Weights:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_tied import initialize, parameter_groups
 from megatron_tied.engine.router_state import RouterState
 from tests.tiny_model import build, inputs, loss
 
@@ -62,3 +63,23 @@ def test_within_a_batch_the_global_loss_remembers() -> None:
         loss(model, inputs(seed=seed)).backward()
         steps.append([router.ga_steps.item() for router in routers(model)])
     assert steps == [[1] * 6, [2] * 6]
+
+
+def test_biases_and_counts_stay_float32_in_a_bf16_engine() -> None:
+    model = build(precision="bf16", **BIASED)
+    bias = torch.linspace(0.1, 1.0, 8)
+    for router in routers(model):
+        router.expert_bias.copy_(bias)
+        # What bf16 would round to 1024 again and again.
+        router.local_tokens_per_expert.fill_(1025)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine = initialize(model, config, optimizer=torch.optim.SGD(parameter_groups(model, lr=0.1), lr=0.1))[0]
+    for router in routers(engine.module):
+        assert router.weight.dtype == torch.bfloat16
+        assert torch.equal(router.expert_bias, bias)
+        assert router.local_tokens_per_expert.tolist() == [1025.0] * 8

@@ -1,6 +1,6 @@
 """A tied MoE trained by one process in plain PyTorch: the oracle of the distributed runs.
 
-The model is the Hugging Face OLMoE or Qwen3-MoE class; the layers of one bank hold the very same expert
+The model is the Hugging Face OLMoE, Qwen3-MoE or DeepSeek-V2 class; the layers of one bank hold the very same expert
 `Parameter` objects, so autograd itself sums the gradient over the use sites. The optimizer is
 `torch.optim.AdamW`. Weights and gradients go by their Hugging Face names, experts fused
 ([E, 2I, H] gate rows first, [E, H, I]) and listed once, under the owner: the first layer of the bank.
@@ -16,22 +16,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from .aux_losses import load_balancing_loss, router_z_loss, routing_margin
 
 Weights = dict[str, Tensor]
+
+ARCHITECTURES = ("olmoe", "qwen3_moe", "deepseek_v2")
+# DeepSeek-V2 as its config.json tells it: latent attention, YaRN past half of a tiny sequence, a shared expert.
+LATENT_ATTENTION: dict[str, Any] = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+YARN: dict[str, Any] = {
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.4,
+}
+ROUTED_SCALING = 1.5
 
 
 @dataclass(frozen=True)
 class ReferenceSpec:
     """Shape, tying and loss coefficients of a reference model; every layer is an MoE layer.
 
-    `banks` names the bank of each layer. `qkv_clip` applies to OLMoE alone, whose QK-norm spans the whole
-    projection and so needs `head_dim * num_heads == hidden_size`. Raises ValueError on an impossible spec.
+    `banks` names the bank of each layer; of DeepSeek-V2's attention `LATENT_ATTENTION` and `YARN` say the rest.
+    `qkv_clip` applies to OLMoE alone, whose QK-norm spans the whole projection and so needs
+    `head_dim * num_heads == hidden_size`. Raises ValueError on an impossible spec.
     """
 
-    arch: Literal["olmoe", "qwen3_moe"]
+    arch: Literal["olmoe", "qwen3_moe", "deepseek_v2"]
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -50,16 +78,16 @@ class ReferenceSpec:
 
     def __post_init__(self) -> None:
         """Refuse what the Hugging Face classes would silently build differently."""
-        if self.arch not in ("olmoe", "qwen3_moe"):
-            raise ValueError(f"arch {self.arch!r}: must be 'olmoe' or 'qwen3_moe'")
+        if self.arch not in ARCHITECTURES:
+            raise ValueError(f"arch {self.arch!r}: must be one of {ARCHITECTURES}")
         if len(self.banks) != self.num_layers:
             raise ValueError(f"banks {self.banks}: needs one entry for each of {self.num_layers} layers")
         if not 1 <= self.top_k < self.num_experts:
             raise ValueError(f"top_k {self.top_k}: must be from 1 to {self.num_experts - 1}")
         if self.arch == "olmoe" and self.head_dim * self.num_heads != self.hidden_size:
             raise ValueError(f"head_dim {self.head_dim}: OLMoE needs hidden_size / num_heads")
-        if self.arch == "qwen3_moe" and self.qkv_clip is not None:
-            raise ValueError(f"qkv_clip {self.qkv_clip}: Qwen3-MoE has none")
+        if self.arch != "olmoe" and self.qkv_clip is not None:
+            raise ValueError(f"qkv_clip {self.qkv_clip}: {self.arch} has none")
 
     @property
     def owners(self) -> dict[int, int]:
@@ -77,11 +105,11 @@ def tiny(arch: str, banks: Sequence[int] = (0, 1, 1, 2, 2, 3), **changes: Any) -
     Qwen3-MoE gets grouped-query attention with a head_dim that is not hidden_size / num_heads; OLMoE gets a
     clip low enough to act on queries, keys and values at the reference's own initialisation.
     """
-    own: dict[str, Any] = (
-        {"num_kv_heads": 4, "head_dim": 16, "qkv_clip": 2.0}
-        if arch == "olmoe"
-        else {"num_kv_heads": 2, "head_dim": 32, "norm_eps": 1e-6}
-    )
+    own: dict[str, Any] = {
+        "olmoe": {"num_kv_heads": 4, "head_dim": 16, "qkv_clip": 2.0},
+        "qwen3_moe": {"num_kv_heads": 2, "head_dim": 32, "norm_eps": 1e-6},
+        "deepseek_v2": {"num_kv_heads": 4, "head_dim": 16, "norm_eps": 1e-6},
+    }[arch]
     shape: dict[str, Any] = {
         "hidden_size": 64,
         "num_heads": 4,
@@ -136,6 +164,16 @@ def _hugging_face_model(spec: ReferenceSpec) -> PreTrainedModel:
         return OlmoeForCausalLM(
             OlmoeConfig(intermediate_size=spec.expert_ffn, clip_qkv=spec.qkv_clip, norm_topk_prob=False, **common)
         )
+    if spec.arch == "deepseek_v2":
+        config = DeepseekV2Config(
+            **{**common, "rope_parameters": {"rope_type": "yarn", "rope_theta": spec.rope_base, **YARN}},
+            **LATENT_ATTENTION,
+            moe_intermediate_size=spec.expert_ffn,
+            n_shared_experts=1,
+            first_k_dense_replace=0,
+            routed_scaling_factor=ROUTED_SCALING,
+        )
+        return DeepseekV2ForCausalLM(config)
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(moe_intermediate_size=spec.expert_ffn, head_dim=spec.head_dim, norm_topk_prob=True, **common)
     )

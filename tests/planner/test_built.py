@@ -11,7 +11,7 @@ import megatron_tied as mt
 from megatron_tied.models import gpt
 from megatron_tied.models.presets import PRESETS
 from megatron_tied.planner.parameters import count_parameters
-from megatron_tied.planner.tensors import is_latent, model_tensors
+from megatron_tied.planner.tensors import model_tensors
 
 TIED = mt.TieConfig(group_size=4)
 
@@ -21,12 +21,12 @@ def _named(preset: str) -> mt.ModelConfig:
     return mt.ModelConfig.resolve({"preset": name, **({"scale": scale} if scale else {})})
 
 
-# Latent attention and attention sinks cannot be built here: see test_published.py for those.
+# Attention sinks cannot be built here: see test_published.py for those.
 BUILDABLE = [
     f"{name}:{scale}" if scale else name
     for name, preset in PRESETS.items()
     for scale in (preset.scales or [None])
-    if not is_latent(_named(name)) and name != "gpt_oss_120b"
+    if name != "gpt_oss_120b"
 ]
 SMALL: dict[str, Any] = {
     "num_layers": 4,
@@ -71,6 +71,11 @@ def test_presets_have_the_parameters_that_are_planned(preset: str, tie: mt.TieCo
         {"add_bias_linear": True, "expert_backend": "sequential", "normalization": "LayerNorm"},
         {"add_qkv_bias": True, "share_embeddings_and_output_weights": True, "gated_linear_unit": False},
         {"qk_layernorm": True, "qk_norm_scope": "projection"},
+        {"multi_latent_attention": True, "num_query_groups": 4, "q_lora_rank": None, "rope_type": "yarn"},
+        {
+            **{"multi_latent_attention": True, "num_query_groups": 4, "qk_layernorm": True, "add_bias_linear": True},
+            "expert_backend": "sequential",
+        },
     ],
 )
 def test_options_add_the_parameters_that_are_planned(fields: dict[str, Any]) -> None:

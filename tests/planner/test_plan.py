@@ -206,6 +206,20 @@ def test_latent_attention_without_norms_has_none() -> None:
     assert with_norms.norms - without.norms == 27 * 512
 
 
+@pytest.mark.parametrize("stage", range(4))
+def test_frozen_norms_have_weights_alone(stage: int) -> None:
+    def states(frozen: frozenset[str]) -> tuple[int, int, int]:
+        found = olmoe(world_size=1, zero_stage=stage, frozen=frozen).memory.states
+        return found.weights, found.optimizer, sum(found.layer_gradients.values())
+
+    norms = olmoe().parameters.norms
+    trained, frozen = states(frozenset()), states(frozenset({"norms"}))
+    assert frozen[0] == pytest.approx(trained[0], abs=8)
+    # The two moments, the fp32 master (none at stage 0), and bf16 gradients.
+    assert trained[1] - frozen[1] == pytest.approx(norms * (8 if stage == 0 else 12), abs=24)
+    assert trained[2] - frozen[2] == 2 * norms
+
+
 def test_what_leaves_a_node_by_the_order_of_ranks() -> None:
     inside = Flow("dispatch", "all-to-all", "expert", 8, 1, 800)
     assert (inside.wire, inside.between_nodes(8)) == (700, 0)

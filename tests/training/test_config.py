@@ -9,6 +9,7 @@ import pytest
 
 from megatron_tied.errors import ConfigError
 from megatron_tied.topology import TieConfig
+from megatron_tied.training.compatibility import resume_problems
 from megatron_tied.training.config import RunConfig, transformer_fields
 from megatron_tied.training.config_file import load_config, parse_config, save_config
 
@@ -198,6 +199,7 @@ def test_bytes_that_are_no_text(config_file: Path):
         ("data.train=[1,a,b]", "data.train = [1, 'a', 'b']: must be a path prefix or a blend"),
         ("data.split=[1]", "data.split = [1]: must be a list of at least 2"),
         ("optimizer.name=muon", "optimizer.name = 'muon': must be 'adamw'"),
+        ("optimizer.freeze=[norm]", "optimizer.freeze = ['norm']: must be a list whose entry 0 is 'norms'"),
         ("optimizer.lr=-1", "optimizer.lr = -1: must be > 0"),
         ("optimizer.lr=.nan", "optimizer.lr = nan: must be a finite number"),
         ("optimizer.betas=[0.9,1]", "optimizer.betas = [0.9, 1]: must be a list whose entry 1 is < 1.0"),
@@ -317,6 +319,14 @@ def test_bad_ds_config_file(config_file: Path, tmp_path: Path, content: str, mes
         (["model.moe_router_dtype=bf16"], "model.moe_router_dtype = 'bf16': must be 'fp32' or 'fp64'"),
         (["model.recompute_num_layers=a"], "model.recompute_num_layers = 'a': must be an integer"),
         (["model.delay_wgrad_compute=true"], "model.delay_wgrad_compute = True: must be false"),
+        (
+            ["model.multi_latent_attention=true", "model.v_head_dim=wide"],
+            "model.v_head_dim = 'wide': must be an integer",
+        ),
+        (
+            ["model.multi_latent_attention=true", "model.cache_mla_latents=true"],
+            "model.cache_mla_latents = True: must be false: it is for inference",
+        ),
         (["model.sequence_parallel=true"], "model.sequence_parallel = True: must be left out"),
         (["model.perform_initialization=true"], "model.perform_initialization = True: must be left out"),
         (["deepspeed.zero_optimization.stage=4"], "deepspeed.zero_optimization.stage = 4: must be 0, 1"),
@@ -345,6 +355,7 @@ def test_valid_expert_parallel_sizes_divide_everything_at_once(config_file: Path
     [
         ("model.bf16=true", "model.bf16 = True: is set by train.precision"),
         ("model.expert_model_parallel_size=2", "is set by parallel.expert_model_parallel_size"),
+        ("model.kv_lora_rank=8", "model.kv_lora_rank = 8: needs model.multi_latent_attention = true"),
     ],
 )
 def test_what_the_model_section_must_not_say(config_file: Path, override: str, line: str):
@@ -381,9 +392,9 @@ def test_the_border_cases_are_valid(config_file: Path, overrides: list[str]):
 
 
 def test_field_names_are_those_of_the_installed_megatron_core():
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-    public = {field.name for field in dataclasses.fields(TransformerConfig) if not field.name.startswith("_")}
+    public = {field.name for field in dataclasses.fields(MLATransformerConfig) if not field.name.startswith("_")}
     assert transformer_fields().keys() == public
 
 
@@ -402,3 +413,11 @@ def test_parse_config_takes_plain_values():
     config = parse_config(values)
     assert isinstance(config, RunConfig)
     assert (config.model.num_layers, config.data.train) == (8, "corpus")
+
+
+def test_what_is_frozen_stays_frozen_when_a_run_goes_on(config_file: Path):
+    config = load_config(config_file, ["optimizer.freeze=[norms]"])
+    saved = load_config(config_file).model_dump(mode="json")
+    (problem,) = resume_problems(config, saved, "step_1")
+    assert str(problem).startswith("optimizer.freeze = ['norms']: must be [], as in step_1")
+    assert resume_problems(config, config.model_dump(mode="json"), "step_1") == []

@@ -45,6 +45,18 @@ BITWISE = {
     "tp2": [f"{EP}=1", f"{TP}=2", f"{STAGE}=1"],
     "tp2, ep2": [f"{TP}=2", f"{STAGE}=3"],
 }
+FROZEN = "optimizer.freeze=[norms]"
+LATENT = [
+    *("model.multi_latent_attention=true", "model.q_lora_rank=16", "model.kv_lora_rank=16", "model.qk_head_dim=8"),
+    *("model.qk_pos_emb_head_dim=4", "model.v_head_dim=12", "model.qk_layernorm=true", "model.rope_type=rope"),
+    *("model.recompute_granularity=selective", "model.recompute_modules=[mla_up_proj]"),
+]
+WITH_FROZEN = {
+    "frozen, zero0": [FROZEN, f"{STAGE}=0"],
+    "frozen, zero2": [FROZEN, f"{STAGE}=2"],
+    "frozen, zero3, bf16, tp2": [FROZEN, f"{STAGE}=3", f"{TP}=2", "train.precision=bf16"],
+}
+BITWISE |= {**WITH_FROZEN, "latent": [*LATENT, f"{STAGE}=3"]}
 # From the checkpoint of "zero1" on two processes.
 ON_TWO = {
     "to zero3": [f"{STAGE}=3"],
@@ -55,6 +67,11 @@ ON_TWO = {
     "to sequential experts": ["model.expert_backend=sequential", f"{STAGE}=3"],
     "to offload": [f"{STAGE}=3", OFFLOAD, OFFLOAD_3],
     "to recompute": ["model.recompute_granularity=selective", "model.recompute_modules=[moe]"],
+}
+# From another checkpoint on two processes: (origin, name) -> overrides.
+ON_TWO_FROM = {
+    ("frozen, zero2", "frozen, to zero3, tp2"): [FROZEN, f"{STAGE}=3", f"{TP}=2"],
+    ("latent", "latent, to zero1, tp2, ep1"): [*LATENT, f"{STAGE}=1", f"{TP}=2", f"{EP}=1"],
 }
 # From a checkpoint written by (world 4, EP 2, ZeRO 2): world -> name -> how it is gone on with there.
 ANY_TO_ANY = {
@@ -113,6 +130,7 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     straight = {name: [*overrides, SAVE] for name, overrides in BITWISE.items()}
     resumed = {f"{name} resumed": [*overrides, made.resume(name)] for name, overrides in BITWISE.items()}
     moved = {name: [*overrides, made.resume("zero1")] for name, overrides in ON_TWO.items()}
+    moved |= {name: [*overrides, made.resume(origin)] for (origin, name), overrides in ON_TWO_FROM.items()}
     weights = {
         "weights only": [
             f"train.init_from={made.checkpoint('zero1', STEPS)}",
@@ -143,7 +161,7 @@ def test_ten_and_ten_steps_are_twenty_bit_for_bit(runs: Runs, name: str) -> None
 
 
 def moved() -> list[tuple[str, str]]:
-    cases = [("zero1", name) for name in ON_TWO]
+    cases = [*(("zero1", name) for name in ON_TWO), *ON_TWO_FROM]
     return cases + [("4, 2, zero2", name) for of_world in ANY_TO_ANY.values() for name in of_world]
 
 
@@ -180,6 +198,19 @@ def test_a_checkpoint_holds_each_parameter_once(runs: Runs) -> None:
         assert on_disk - headers - elements["rng"] == pytest.approx(3 * 4 * parameters, rel=0.02)
 
 
+@pytest.mark.parametrize("name", WITH_FROZEN)
+def test_what_is_frozen_is_saved_once_as_it_was_and_without_states(runs: Runs, name: str) -> None:
+    reader = WeightReader(runs.checkpoint(name, STEPS))
+    tensors = reader.manifest.tensors
+    norms = {name for name in reader.shapes() if "layernorm" in name}
+    assert len(norms) == 11
+    for name, weight in reader:
+        assert (f"exp_avg/{name}" in tensors, f"exp_avg_sq/{name}" in tensors) == (name not in norms, name not in norms)
+        assert torch.equal(weight, torch.ones_like(weight)) == (name in norms)
+        chunks = tensors[f"weight/{name}"].chunks
+        assert sum(math.prod(chunk.sizes) for chunk in chunks) == weight.numel()
+
+
 @pytest.mark.usefixtures("one_process")
 def test_weights_are_read_one_at_a_time_and_into_a_plain_model(runs: Runs) -> None:
     directory = runs.checkpoint("4, 2, zero2", STEPS)
@@ -188,7 +219,7 @@ def test_weights_are_read_one_at_a_time_and_into_a_plain_model(runs: Runs) -> No
     model = build_gpt_model(config.model, config.tie, seed=99)
     load_weights(model, verified(directory))
     parameters, seen = dict(model.named_parameters()), set()
-    for name, parameter in model_layout(model, partitioned=False).items():
+    for name, parameter in model_layout(model).items():
         for block in parameter.blocks:
             place = tuple(slice(o, o + n) for o, n in zip(block.offsets, block.sizes, strict=True))
             stop = block.start + math.prod(block.sizes)

@@ -1,0 +1,105 @@
+"""Writes a source as a checkpoint of ours: weights alone, for `train.init_from`, a further conversion, or reading."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatron_tied import __version__
+from megatron_tied.checkpoint.manifest import Chunk, Manifest, Tensor
+from megatron_tied.checkpoint.storage import tensor_key
+from megatron_tied.convert.precision import NAMES, written_dtype
+from megatron_tied.convert.shards import ShardWriter
+from megatron_tied.convert.sources import WeightSource
+from megatron_tied.convert.tensors import KINDS, bank_name, count, entries, expert_shape
+from megatron_tied.models.config import ModelConfig
+from megatron_tied.topology import TieConfig
+
+
+def checkpoint_bytes(source: WeightSource, wanted: torch.dtype | None) -> int:
+    """How many bytes of tensors `write_checkpoint` writes."""
+    total = sum(
+        count(entry.shape) * written_dtype(source.dtype(entry.ours), wanted, entry.state).itemsize
+        for entry in entries(source.config, source.topology)
+    )
+    for bank in source.topology.banks:
+        for kind in KINDS:
+            shape = expert_shape(source.config, source.topology, bank.owner, kind)
+            total += count(shape) * written_dtype(source.expert_dtype(bank.owner, kind), wanted, "weight").itemsize
+    return total
+
+
+def write_checkpoint(
+    source: WeightSource,
+    directory: Path,
+    *,
+    run: dict[str, Any],
+    imported: bool,
+    wanted: torch.dtype | None,
+    advance: Callable[[int], object],
+) -> None:
+    """Write tensors, manifest, and the start of a run's config; `advance` is told of every tensor's bytes.
+
+    `run` is what the manifest says of the run, but for model and topology, which are the source's; `imported`, whether
+    the weights are stored in the precision of the model that was imported, or in float32 from training here.
+    """
+    shards = ShardWriter(directory, lambda number: f"weights_{number:05d}.safetensors")
+    tensors: dict[str, Tensor] = {}
+
+    def add(name: str, tensor: torch.Tensor) -> None:
+        offsets = [0] * tensor.dim()
+        shards.add(tensor_key(name, offsets), tensor)
+        file = shards.file_of[tensor_key(name, offsets)]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        tensors[name] = Tensor(dtype, list(tensor.shape), [Chunk(file, offsets, list(tensor.shape))])
+        advance(tensor.numel() * tensor.element_size())
+
+    for entry in entries(source.config, source.topology):
+        stored = source.read(entry.ours)
+        add(f"{entry.state}/{entry.ours}", stored.to(written_dtype(stored.dtype, wanted, entry.state)))
+    for bank in source.topology.banks:
+        for kind in KINDS:
+            stored = source.read_experts(bank.owner, kind)
+            add(f"weight/{bank_name(bank.owner, kind)}", stored.to(written_dtype(stored.dtype, wanted, "weight")))
+            del stored
+    shards.finish()
+    manifest = Manifest(
+        step=0,
+        consumed_samples=0,
+        world_size=1,
+        software=f"megatron-tied {__version__}",
+        run=run | {"model": source.config.model_dump(mode="json"), "tie": dataclasses.asdict(source.topology.tie)},
+        trainer={
+            "banks": [list(bank.layers) for bank in source.topology.banks],
+            "weights_only": True,
+            "imported": imported,
+        },
+        files=shards.checksums(),
+        tensors=tensors,
+    )
+    manifest.write(directory)
+    config = yaml.safe_dump(training_sections(source.config, source.topology.tie), sort_keys=False)
+    (directory / "config.yaml").write_text(config, encoding="utf-8")
+
+
+def training_sections(config: ModelConfig, tie: TieConfig) -> dict[str, Any]:
+    """What the config file of a run with these weights has to say of model and banks."""
+    model = config.model_dump(mode="json", exclude_defaults=True)
+    default = TieConfig()
+    changed = {name: value for name, value in dataclasses.asdict(tie).items() if value != getattr(default, name)}
+    return {"model": model, "tie": {n: list(v) if isinstance(v, tuple) else v for n, v in changed.items()}}
+
+
+def run_of(source: WeightSource, output: Path) -> dict[str, Any]:
+    """What the manifest of a model that was never trained here says of its run; `precision` is its weights'."""
+    return {
+        "parallel": {},
+        "data": {"train": "unknown: these weights were converted"},
+        "train": {"run_dir": str(output), "precision": NAMES[source.dtype("embedding.word_embeddings.weight")]},
+        "deepspeed": {},
+    }

@@ -1,0 +1,122 @@
+"""A source's weights in a model that computes: Megatron-Core's, in this one process, in float32."""
+
+# ruff: noqa: E402  (Megatron-Core must be imported after the host is prepared)
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from megatron_tied.platform import device, prepare
+
+prepare()
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from megatron_tied.checkpoint.loader import Checkpoint, load_weights
+from megatron_tied.checkpoint.manifest import Manifest
+from megatron_tied.convert.sources import WeightSource
+from megatron_tied.convert.tensors import KINDS
+from megatron_tied.layers.backends import expert_matrices
+from megatron_tied.layers.moe_layer import TiedMoELayer, tied_layers
+from megatron_tied.models.config import ModelConfig
+from megatron_tied.models.gpt import build_gpt_model
+from megatron_tied.topology import TieConfig
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Process groups of this process alone, unless there are some; they are gone when the context ends."""
+    if torch.distributed.is_initialized():
+        yield
+        return
+    # Nobody else is to be reached, nor to reach us.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with tempfile.TemporaryDirectory() as directory:
+        torch.distributed.init_process_group(backend, init_method=f"file://{directory}/store", rank=0, world_size=1)
+        try:
+            parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+
+
+def model_of(source: WeightSource) -> GPTModel:
+    """A model with the weights of `source` and a bank of its own for every layer; inside `one_process`."""
+    model = _without_experts(source, TieConfig())
+    for layer in tied_layers(model):
+        put_experts(layer, source)
+    return model
+
+
+def model_of_one_bank(source: WeightSource) -> GPTModel:
+    """Such a model with memory for one layer's experts: `put_experts` must come before each layer's; no output layer.
+
+    All layers of `source` must have the same number of experts.
+    """
+    model = _without_experts(source, TieConfig(banks=(0,) * len(source.topology.moe_layers)))
+    # What it returns is then the last layer's states.
+    model.post_process = False
+    return model
+
+
+@torch.no_grad()
+def put_experts(layer: TiedMoELayer, source: WeightSource) -> None:
+    """Copy the experts that `layer` uses in `source` into the bank that it uses here."""
+    for kind in KINDS:
+        matrices = source.read_experts(layer.layer_index, kind)
+        for own, matrix in zip(expert_matrices(layer.experts), matrices, strict=True):
+            own[kind].copy_(matrix)
+
+
+@torch.no_grad()
+def _without_experts(source: WeightSource, tie: TieConfig) -> GPTModel:
+    model = _build(source.config, tie)
+    experts = {id(weight) for layer in tied_layers(model) for weight in layer.experts.parameters()}
+    kept = model.state_dict().keys()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in experts and name in kept:
+            tensor.copy_(source.read(name))
+    return model.eval()
+
+
+def model_of_checkpoint(directory: Path) -> GPTModel:
+    """The model that the checkpoint `directory` is of, as training would load it; inside `one_process`."""
+    manifest = Manifest.read(directory)
+    embedding = manifest.tensors["weight/embedding.word_embeddings.weight"]
+    config = ModelConfig.resolve(manifest.run["model"]).model_copy(update={"vocab_size": embedding.shape[0]})
+    model = _build(config, TieConfig(**manifest.run["tie"]))
+    load_weights(model, Checkpoint(directory, manifest))
+    return model.eval()
+
+
+def logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
+    """[batch, sequence, vocabulary], on the host."""
+    return _forward(model, tokens).float().cpu()
+
+
+def hidden_states(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
+    """[sequence, batch, hidden] of `model_of_one_bank`, whose layers come one after the other."""
+    return _forward(model, tokens)
+
+
+@torch.no_grad()
+def _forward(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
+    length = tokens.shape[1]
+    mask = torch.ones(length, length).triu(1).bool()[None, None]
+    inputs = (tokens, torch.arange(length).expand_as(tokens), mask)
+    return model(*(tensor.to(device()) for tensor in inputs))
+
+
+def _build(config: ModelConfig, tie: TieConfig) -> GPTModel:
+    # What is another way to compute the same stays out, and so does dropping tokens, which is for training.
+    fields = config.model_dump() | {"expert_backend": "sequential"}
+    fields.pop("moe_expert_capacity_factor", None)
+    return build_gpt_model(ModelConfig.resolve(fields), tie, use_transformer_engine=False)

@@ -1,0 +1,156 @@
+"""Tying by what experts do: `convert --tie-method matched`, which gives the untied model text and looks at its routers.
+
+The experts of a tie group's layers, and their routers' rows, change places so that those which do alike meet; a bank
+then gets, for each place, one expert that does nearly what all of them do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_tied.convert.calibration import calibration_tokens
+from megatron_tied.convert.live_model import hidden_states, model_of_one_bank, one_process, put_experts
+from megatron_tied.convert.matching import Matrices, Sample, assigned, matching_costs, merged_expert, samples_of
+from megatron_tied.convert.sources import WeightSource
+from megatron_tied.convert.tensors import KINDS
+from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.layers.moe_layer import TiedMoELayer, tied_layers
+from megatron_tied.platform import device
+from megatron_tied.topology import Bank, TieTopology
+
+TOKENS = 8192
+_LONGEST = 512
+# Over all experts of a layer: states that are kept until its tie group is complete, and those that are compared by.
+_KEPT = 32_768
+_COMPARED = 8192
+
+
+@dataclass(frozen=True)
+class MatchedMerge:
+    """A `Merge` that `match` has found. `orders` has the layers whose experts change places; banks lie in `scratch`."""
+
+    orders: dict[int, torch.Tensor]
+    scratch: Path
+
+    def permutation(self, layer: int) -> torch.Tensor | None:
+        """See `Merge`."""
+        return self.orders.get(layer)
+
+    def experts(self, base: WeightSource, bank: Bank, kind: str) -> torch.Tensor:
+        """See `Merge`."""
+        with safe_open(_file(self.scratch, bank), framework="pt") as file:
+            return file.get_tensor(kind)
+
+
+def match(
+    source: WeightSource,
+    topology: TieTopology,
+    calibration: Path,
+    scratch: Path,
+    *,
+    tokens: int = TOKENS,
+    longest: int | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> MatchedMerge:
+    """Match and merge the experts of the tie groups of `topology` on `tokens` tokens of the data set `calibration`.
+
+    `longest` is the longest sequence that the model is for. Memory holds what is no expert, the experts of a tie group
+    and some states for each; merged banks go to the directory `scratch`. `say` is given a line for each layer. Raises
+    `ConfigError` for data that does not fit the model, and for weights that are not finite.
+    """
+    length = min(_LONGEST, longest or _LONGEST)
+    text = calibration_tokens(calibration, tokens=tokens, length=length, vocab_size=source.config.vocab_size)
+    with one_process(), torch.no_grad():
+        model = model_of_one_bank(source)
+        matcher = _Matcher(source, topology, scratch, say)
+        for layer in tied_layers(model):
+            layer.router.register_forward_hook(matcher.hook(layer))
+        hidden_states(model, text)
+    return MatchedMerge(matcher.orders, scratch)
+
+
+class _Matcher:
+    """Gives each layer its experts when its router has decided, and merges a tie group after its last layer."""
+
+    def __init__(self, source: WeightSource, topology: TieTopology, scratch: Path, say: Callable[[str], object]):
+        self.orders: dict[int, torch.Tensor] = {}
+        self._source = source
+        self._topology = topology
+        self._scratch = scratch
+        self._say = say
+        self._generator = torch.Generator().manual_seed(0)
+        self._samples: dict[int, list[Sample]] = {}
+
+    def hook(self, layer: TiedMoELayer) -> Callable[..., None]:
+        """The forward hook of this layer's router."""
+        bank = self._topology.bank(layer.layer_index)
+        merges = len({self._source.topology.bank_of_layer[user] for user in bank.layers}) > 1
+
+        def decided(
+            router: TopKRouter, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, torch.Tensor]
+        ) -> None:
+            put_experts(layer, self._source)
+            if not merges:
+                return
+            limit = max(1, _KEPT // layer.config.num_moe_experts)
+            states = inputs[0].flatten(0, 1)
+            self._samples[layer.layer_index] = samples_of(states, *outputs, limit, self._generator)
+            if self._samples.keys() >= set(bank.layers):
+                self._merge(bank, layer.config)
+
+        return decided
+
+    def _merge(self, bank: Bank, config: TransformerConfig) -> None:
+        experts = {layer: _experts(self._source, layer) for layer in bank.layers}
+        samples = {layer: self._samples.pop(layer) for layer in bank.layers}
+        for layer in bank.layers[1:]:
+            order = self._order(layer, bank.owner, experts, samples[layer], config)
+            experts[layer] = [experts[layer][expert] for expert in order]
+            samples[layer] = [samples[layer][expert] for expert in order]
+        merged = {kind: torch.empty_like(self._source.read_experts(bank.owner, kind)) for kind in KINDS}
+        for place in range(config.num_moe_experts):
+            meeting = [(experts[layer][place], samples[layer][place]) for layer in bank.layers]
+            expert = merged_expert(*zip(*meeting, strict=True), config.activation_func)
+            for kind in KINDS:
+                merged[kind][place] = expert[kind]
+        save_file(merged, _file(self._scratch, bank))
+
+    def _order(
+        self,
+        layer: int,
+        owner: int,
+        experts: dict[int, list[Matrices]],
+        samples: list[Sample],
+        config: TransformerConfig,
+    ) -> list[int]:
+        """Which expert of `layer` comes to each place."""
+        limit = max(1, _COMPARED // len(samples))
+        compared = [sample.first(limit) for sample in samples]
+        costs = matching_costs(experts[layer], experts[owner], compared, config.activation_func)
+        if not costs.isfinite().all():
+            raise ConfigError(Problem("--input", None, f"computes numbers that are not finite in layer {layer}"))
+        order = assigned(costs, config.moe_router_num_groups or 1)
+        places = torch.arange(len(order))
+        moved = int((order != places).sum())
+        if moved:
+            self.orders[layer] = order
+        told = f"{costs.diagonal().mean():.3f} in their places, {costs[order, places].mean():.3f} when {moved} move"
+        self._say(f"layer {layer}: distance of experts from those of layer {owner}: {told}")
+        return order.tolist()
+
+
+def _experts(source: WeightSource, layer: int) -> list[Matrices]:
+    stacked = {kind: source.read_experts(layer, kind).to(device()) for kind in KINDS}
+    return [{kind: stacked[kind][expert] for kind in KINDS} for expert in range(len(stacked["gate"]))]
+
+
+def _file(scratch: Path, bank: Bank) -> Path:
+    return scratch / f"bank_{bank.index}.safetensors"

@@ -1,0 +1,148 @@
+"""Does what was written compute what was read? Both are built, and given random tokens, in float32."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import torch
+
+from megatron_tied.convert.hf_source import HuggingFaceSource
+from megatron_tied.convert.retied import RetiedSource
+from megatron_tied.convert.sources import CheckpointSource, WeightSource
+from megatron_tied.convert.tensors import KINDS, count, entries, expert_shape
+from megatron_tied.errors import ConfigError, Problem
+
+TOLERANCE = 1e-4  # of the largest logit
+# Odd, for the median: where two experts are chosen between by a hair, rounding can send one batch another way.
+_BATCHES = 3
+_SEQUENCES, _LENGTH = 2, 32
+# Of a model's weights in float32: what loading and computing need beside them.
+_OVERHEAD = 1.5
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference between logits, as such and over the largest logit; of several batches the median."""
+
+    absolute: float
+    relative: float
+
+
+def require_transformers() -> None:
+    """Raise `ConfigError` if a check, which needs them, could not be made."""
+    if find_spec("transformers") is None:
+        valid = "the check needs transformers: pip install 'transformers>=5', or give --no-verify to go without"
+        raise ConfigError(Problem("--no-verify", False, valid))
+
+
+def lacking_memory(source: WeightSource) -> str | None:
+    """Why there is not enough memory to build the model of `source` with all layers' experts; None if there is."""
+    numbers = sum(count(entry.shape) for entry in entries(source.config, source.topology))
+    for layer in source.topology.moe_layers:
+        numbers += sum(count(expert_shape(source.config, source.topology, layer, kind)) for kind in KINDS)
+    needed, available = int(4 * numbers * _OVERHEAD), _available_memory()
+    if needed <= available:
+        return None
+    return f"it needs some {needed / 1e9:,.1f} GB of memory and {available / 1e9:,.1f} GB are available"
+
+
+def compare(source: WeightSource, written: Path, wanted: torch.dtype | None) -> Difference:
+    """The difference between the model of `source`, its weights rounded to `wanted`, and the one in `written`."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(_LENGTH, source.config.max_position_embeddings or _LENGTH)
+    shape = (_SEQUENCES, length)
+    batches = [torch.randint(source.config.vocab_size, shape, generator=generator) for _ in range(_BATCHES)]
+    # One after the other: there need not be memory for two.
+    expected = _with_model(lambda: _source_model(source), batches, wanted)
+    found = _with_model(lambda: _written_model(written), batches, None)
+    absolute = [(a - b).abs().max() for a, b in zip(expected, found, strict=True)]
+    relative = [difference / a.abs().max() for difference, a in zip(absolute, expected, strict=True)]
+    return Difference(torch.stack(absolute).median().item(), torch.stack(relative).median().item())
+
+
+def _with_model(
+    build: Callable[[], torch.nn.Module], batches: list[torch.Tensor], wanted: torch.dtype | None
+) -> list[torch.Tensor]:
+    from megatron_tied.convert import live_model
+
+    with live_model.one_process(), torch.no_grad():
+        model = build()
+        if wanted is not None:
+            for weight in model.parameters():
+                weight.copy_(weight.to(wanted))
+        if isinstance(model, live_model.GPTModel):
+            return [live_model.logits(model, tokens) for tokens in batches]
+        return [model(tokens).logits.float() for tokens in batches]
+
+
+def _source_model(source: WeightSource) -> torch.nn.Module:
+    """The model by the other side's own code wherever it has one: what is compared should not come from one hand."""
+    from megatron_tied.convert.live_model import model_of, model_of_checkpoint
+
+    base = source.base if isinstance(source, RetiedSource) else source
+    if isinstance(base, HuggingFaceSource) and (base is source or not base.is_compact):
+        model = hugging_face_model(base.directory)
+        if isinstance(source, RetiedSource):
+            _overwrite(model, source)
+        return model
+    if isinstance(source, CheckpointSource):
+        return model_of_checkpoint(source.directory)
+    return model_of(source)
+
+
+def _written_model(directory: Path) -> torch.nn.Module:
+    from megatron_tied.convert.live_model import model_of_checkpoint
+
+    is_checkpoint = (directory / "manifest.json").is_file()
+    return model_of_checkpoint(directory) if is_checkpoint else hugging_face_model(directory)
+
+
+def hugging_face_model(directory: Path) -> torch.nn.Module:
+    """The directory's model by transformers, in float32; code that lies in the directory is never run."""
+    import transformers
+
+    from megatron_tied.convert import modeling_megatron_tied
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    source = HuggingFaceSource(directory)
+    if source.is_compact:
+        model_class = getattr(modeling_megatron_tied, f"MegatronTied{source.architecture.causal_lm}")
+    else:
+        model_class = getattr(importlib.import_module("transformers"), source.architecture.causal_lm)
+    model, loading = model_class.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    if lost := loading["missing_keys"] or loading["mismatched_keys"]:
+        raise ConfigError(Problem("--output", str(directory), f"transformers does not find {sorted(lost)[:4]}"))
+    return model.eval()
+
+
+def _overwrite(model: torch.nn.Module, source: RetiedSource) -> None:
+    """Put the merged experts, and the routers' permuted rows, in the place of what the model was loaded with."""
+    for layer in source.topology.moe_layers:
+        mlp, prefix = model.model.layers[layer].mlp, f"decoder.layers.{layer}.mlp.router"
+        mlp.gate.weight.copy_(source.read(f"{prefix}.weight"))
+        if source.config.moe_router_enable_expert_bias:
+            mlp.gate.e_score_correction_bias.copy_(source.read(f"{prefix}.expert_bias"))
+        width = mlp.experts.gate_up_proj.shape[1] // 2
+        mlp.experts.gate_up_proj[:, :width] = source.read_experts(layer, "gate").float()
+        mlp.experts.gate_up_proj[:, width:] = source.read_experts(layer, "up").float()
+        mlp.experts.down_proj.copy_(source.read_experts(layer, "down"))
+
+
+def _available_memory() -> int:
+    """Of this machine, or of this container where that is less."""
+    available = psutil.virtual_memory().available
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return min(available, int(limit) - int(used)) if limit != "max" else available
+    except (OSError, ValueError):
+        return available

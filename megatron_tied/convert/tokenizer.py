@@ -1,0 +1,137 @@
+"""The tokenizer that belongs to a model: its files are carried along, or made from a SentencePiece model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from sentencepiece import sentencepiece_model_pb2
+
+from megatron_tied.convert.hf_output import write_json
+from megatron_tied.data.tokenizer import SEPARATOR, SentencePieceTokenizer
+from megatron_tied.errors import ConfigError, Problem
+
+# Files of a Hugging Face directory that tokenizers consist of; a model needs one of the first group.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "spiece.model")
+_BESIDE = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+GENERATION_CONFIG = "generation_config.json"
+NO_TOKENIZER = "none"
+
+_UNDERSCORE = "\u2581"  # SentencePiece's mark for a space
+_NORMAL, _BYTE = 1, 6  # types of pieces in SentencePiece's model
+_BPE = 2
+
+Special = dict[str, int | None]
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The tokenizer's files in a Hugging Face directory; none if it has no vocabulary."""
+    if not any((directory / name).is_file() for name in _VOCABULARIES):
+        return []
+    return [directory / name for name in (*_VOCABULARIES, *_BESIDE) if (directory / name).is_file()]
+
+
+def put_tokenizer(given: Path, directory: Path) -> Special:
+    """Put the tokenizer `given`, a directory or a SentencePiece model, into `directory`.
+
+    Returns what a SentencePiece model says of the special tokens of config.json; nothing for a directory. Raises
+    `ConfigError` where there is none, or one that has no equal in Hugging Face's form.
+    """
+    if given.is_dir():
+        files = tokenizer_files(given)
+        if not files:
+            valid = f"must hold a tokenizer: one of {', '.join(_VOCABULARIES)}"
+            raise ConfigError(Problem("--tokenizer", str(given), valid))
+        for file in files:
+            shutil.copyfile(file, directory / file.name)
+        return {}
+    return _write_sentencepiece(given, directory)
+
+
+def _write_sentencepiece(model_file: Path, directory: Path) -> Special:
+    """tokenizer.json and its config, by which transformers gives the ids that SentencePiece gives."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    ours = SentencePieceTokenizer.load(model_file, field="--tokenizer")
+    proto = sentencepiece_model_pb2.ModelProto.FromString(ours.model)
+    if reason := _not_expressible(proto):
+        valid = f"{reason}: give --tokenizer DIR with a Hugging Face tokenizer of the same ids, or --tokenizer none"
+        raise ConfigError(Problem("--tokenizer", str(model_file), valid))
+    pieces = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    unknown = proto.pieces[proto.trainer_spec.unk_id].piece
+    has_bytes = any(piece.type == _BYTE for piece in proto.pieces)
+    tokenizer = Tokenizer(
+        models.BPE(pieces, list(_merges(proto)), unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes)
+    )
+    steps = [normalizers.Replace(" ", _UNDERSCORE)]
+    if proto.normalizer_spec.add_dummy_prefix:
+        steps.insert(0, normalizers.Prepend(_UNDERSCORE))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    parts = [decoders.Replace(_UNDERSCORE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if proto.normalizer_spec.add_dummy_prefix:
+        parts.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(parts)
+    end = proto.pieces[ours.eod].piece
+    tokenizer.add_special_tokens(
+        [AddedToken(piece, special=True, normalized=False) for piece in dict.fromkeys((end, unknown))]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": end,
+            "unk_token": unknown,
+            "clean_up_tokenization_spaces": False,
+            # No document can spell a control piece.
+            "split_special_tokens": True,
+        },
+    )
+    _compare(ours, directory, model_file)
+    return {"bos_token_id": ours.bos, "eos_token_id": ours.eod, "pad_token_id": None}
+
+
+def _not_expressible(proto: sentencepiece_model_pb2.ModelProto) -> str | None:
+    normalizer = proto.normalizer_spec
+    if proto.trainer_spec.model_type != _BPE:
+        return "is no BPE model"
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+        return "normalises its text"
+    if any(piece.type not in (_NORMAL, _BYTE) and piece.type > 3 for piece in proto.pieces):
+        return "has pieces that the user defined, or unused ones"
+    return None
+
+
+def _merges(proto: sentencepiece_model_pb2.ModelProto) -> Iterator[tuple[str, str]]:
+    """Pairs in the order in which SentencePiece merges them: by the score of what they give."""
+    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
+    for piece, _ in sorted(normal.items(), key=lambda item: -item[1]):
+        for cut in range(1, len(piece)):
+            if piece[:cut] in normal and piece[cut:] in normal:
+                yield piece[:cut], piece[cut:]
+
+
+def _compare(ours: SentencePieceTokenizer, directory: Path, model_file: Path) -> None:
+    """Raise `ConfigError` if the two sides tell another story of a sample of text."""
+    from tokenizers import Tokenizer
+
+    theirs = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    for text in _sample(ours):
+        if theirs.encode(text, add_special_tokens=False).ids != ours.encode(text):
+            valid = f"gives other ids than its tokenizer.json for {text[:60]!r}: give --tokenizer DIR in its place"
+            raise ConfigError(Problem("--tokenizer", str(model_file), valid))
+
+
+def _sample(ours: SentencePieceTokenizer) -> Iterator[str]:
+    """Text with every piece in it, and what tokenizers have trouble with."""
+    pieces = [ours.decode([index]) for index in range(ours.vocab_size)]
+    for start in range(0, len(pieces), 256):
+        yield "".join(pieces[start : start + 256])
+        yield " ".join(reversed(pieces[start : start + 256]))
+    yield f"  two spaces,\ttab\n\n    def f(x):\n        return x == 0x1F{SEPARATOR}\r\n ----======____   \n"
+    yield "naïve Ελληνικά 漢字かな 한국어 🙂🏳️‍🌈 <0x0A> ½ ﬁ \u00a0\u200b 1234567890 aaaaaaaaaaaaa"
