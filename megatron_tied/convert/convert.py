@@ -17,7 +17,7 @@ from megatron_tied.convert.checkpoint_output import checkpoint_bytes, run_of, wr
 from megatron_tied.convert.hf_source import HuggingFaceSource
 from megatron_tied.convert.output import check_output, check_space, published, scratch
 from megatron_tied.convert.precision import PRECISIONS
-from megatron_tied.convert.retied import AverageMerge, Merge, OwnerMerge, RetiedSource, check_expert_counts
+from megatron_tied.convert.retied import AverageMerge, Merge, OwnerMerge, RetiedSource
 from megatron_tied.convert.self_check import TOLERANCE, compare, lacking_memory, require_transformers
 from megatron_tied.convert.sources import CheckpointSource, WeightSource
 from megatron_tied.errors import ConfigError, Problem
@@ -25,6 +25,10 @@ from megatron_tied.topology import TieConfig, TieTopology
 
 _Base = HuggingFaceSource | CheckpointSource
 _Say = Callable[[str], object]
+_Write = Callable[[WeightSource, Path, Callable[[int], object]], None]
+
+# `matched` is known when it has seen text; what it makes is as large.
+_MERGES: dict[str, Merge] = {"average": AverageMerge(), "owner": OwnerMerge(), "matched": OwnerMerge()}
 
 # Where a checkpoint keeps what only a Hugging Face model needs.
 HF_FILES = "hf"
@@ -56,20 +60,38 @@ def convert(asked: Conversion, say: _Say = print) -> None:
     base = _open(asked)
     for remark in base.remarks:
         say(f"warning: {remark}")
-    with scratch(asked.output) as directory:
-        _convert(asked, base, _retied(base, asked, directory, say), say)
-
-
-def _convert(asked: Conversion, base: _Base, source: WeightSource, say: _Say) -> None:
+    topology = _new_topology(base, asked)
+    source = base if topology is None else RetiedSource(base, topology, _MERGES[asked.method])
     write, size = _writer(asked, base, source, say)
-    check_space(asked.output, size)
+    if topology is None or asked.method != "matched":
+        check_space(asked.output, size)
+        _convert(asked, base, source, write, size, say)
+        return
+    from megatron_tied.convert.matched import match, scratch_bytes
+
+    # Before experts are looked at, which takes time.
+    check_space(asked.output, size + scratch_bytes(base, topology))
+    with scratch(asked.output) as directory:
+        merge = match(
+            base,
+            topology,
+            asked.calibration,
+            directory,
+            tokens=asked.calibration_tokens,
+            longest=_longest(base),
+            say=say,
+        )
+        _convert(asked, base, RetiedSource(base, topology, merge), write, size, say)
+
+
+def _convert(asked: Conversion, base: _Base, source: WeightSource, write: _Write, size: int, say: _Say) -> None:
     verify = asked.verify
     if verify and (reason := lacking_memory(source)):
         say(f"warning: the result will not be checked: {reason}")
         verify = False
     with published(asked.output) as staging:
         with tqdm(total=size, desc="converting", unit="B", unit_scale=True, leave=False, disable=None) as progress:
-            write(staging, progress.update)
+            write(source, staging, progress.update)
         if verify:
             _check(source, staging, _wanted(asked, base), say)
     say(f"{asked.output}: {source.topology.describe()}; {size:,} bytes of weights")
@@ -92,26 +114,12 @@ def _longest(base: _Base) -> int | None:
     return limit if limit or isinstance(base, HuggingFaceSource) else base.manifest.run["train"].get("seq_length")
 
 
-def _retied(base: _Base, asked: Conversion, directory: Path, say: _Say) -> WeightSource:
+def _new_topology(base: _Base, asked: Conversion) -> TieTopology | None:
+    """None where the banks stay as they are."""
     if asked.tie is None:
-        return base
+        return None
     topology = base.config.topology(asked.tie)
-    if topology.bank_of_layer == base.topology.bank_of_layer:
-        return base
-    # Before a merge looks for experts that are alike, which takes time.
-    check_expert_counts(base, topology)
-    return RetiedSource(base, topology, _merge(base, topology, asked, directory, say))
-
-
-def _merge(base: _Base, topology: TieTopology, asked: Conversion, directory: Path, say: _Say) -> Merge:
-    if asked.method == "average":
-        return AverageMerge()
-    if asked.method == "owner":
-        return OwnerMerge()
-    from megatron_tied.convert.matched import TOKENS, match
-
-    tokens = asked.calibration_tokens or TOKENS
-    return match(base, topology, asked.calibration, directory, tokens=tokens, longest=_longest(base), say=say)
+    return None if topology.bank_of_layer == base.topology.bank_of_layer else topology
 
 
 def _check_method(asked: Conversion) -> None:
@@ -142,23 +150,20 @@ def _is_trained(base: WeightSource) -> bool:
     return isinstance(base, CheckpointSource) and not base.manifest.trainer.get("imported", False)
 
 
-_Write = Callable[[Path, Callable[[int], object]], None]
-
-
 def _writer(
     asked: Conversion,
     base: _Base,
     source: WeightSource,
     say: _Say,
 ) -> tuple[_Write, int]:
-    """What writes the target into a directory, and how many bytes of tensors it will write."""
+    """What writes a source like `source` into a directory, and how many bytes of tensors that will be."""
     wanted = _wanted(asked, base)
     if asked.target_format == "megatron-tied":
         run = base.manifest.run if isinstance(base, CheckpointSource) else run_of(source, asked.output)
         files = _carried(base)
         given = _given_tokenizer(asked)
 
-        def write(staging: Path, advance: Callable[[int], object]) -> None:
+        def write(source: WeightSource, staging: Path, advance: Callable[[int], object]) -> None:
             imported = not _is_trained(base)
             write_checkpoint(source, staging, run=run, imported=imported, wanted=wanted, advance=advance)
             _put_hf_files(files, given, staging / HF_FILES)
@@ -171,7 +176,7 @@ def _writer(
     vocabulary = _tokenizer_of(asked, base)
     original = _original_config(base)
 
-    def write_model(staging: Path, advance: Callable[[int], object]) -> None:
+    def write_model(source: WeightSource, staging: Path, advance: Callable[[int], object]) -> None:
         special = tokenizer.put_tokenizer(vocabulary, staging) if vocabulary else {}
         tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         tokens |= hf_output.kept_keys(original) | special

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from megatron_tied.convert.calibration import calibration_tokens
 from megatron_tied.convert.live_model import hidden_states, model_of_one_bank, one_process, put_experts
 from megatron_tied.convert.matching import Matrices, Sample, assigned, matching_costs, merged_expert, samples_of
+from megatron_tied.convert.retied import merges
 from megatron_tied.convert.sources import WeightSource
-from megatron_tied.convert.tensors import KINDS
+from megatron_tied.convert.tensors import KINDS, count, expert_shape
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.layers.moe_layer import TiedMoELayer, tied_layers
 from megatron_tied.platform import device
@@ -56,18 +57,18 @@ def match(
     calibration: Path,
     scratch: Path,
     *,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     longest: int | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> MatchedMerge:
-    """Match and merge the experts of the tie groups of `topology` on `tokens` tokens of the data set `calibration`.
+    """Match and merge the experts of the tie groups of `topology` on `tokens` (`TOKENS`) of the data set `calibration`.
 
     `longest` is the longest sequence that the model is for. Memory holds what is no expert, the experts of a tie group
     and some states for each; merged banks go to the directory `scratch`. `say` is given a line for each layer. Raises
     `ConfigError` for data that does not fit the model, and for weights that are not finite.
     """
     length = min(_LONGEST, longest or _LONGEST)
-    text = calibration_tokens(calibration, tokens=tokens, length=length, vocab_size=source.config.vocab_size)
+    text = calibration_tokens(calibration, tokens=tokens or TOKENS, length=length, vocab_size=source.config.vocab_size)
     with one_process(), torch.no_grad():
         model = model_of_one_bank(source)
         matcher = _Matcher(source, topology, scratch, say)
@@ -75,6 +76,16 @@ def match(
             layer.router.register_forward_hook(matcher.hook(layer))
         hidden_states(model, text)
     return MatchedMerge(matcher.orders, scratch)
+
+
+def scratch_bytes(source: WeightSource, topology: TieTopology) -> int:
+    """What `match` will write to its directory."""
+    return sum(
+        count(expert_shape(source.config, topology, bank.owner, kind)) * source.expert_dtype(bank.owner, kind).itemsize
+        for bank in topology.banks
+        if merges(source, bank)
+        for kind in KINDS
+    )
 
 
 class _Matcher:
@@ -92,13 +103,13 @@ class _Matcher:
     def hook(self, layer: TiedMoELayer) -> Callable[..., None]:
         """The forward hook of this layer's router."""
         bank = self._topology.bank(layer.layer_index)
-        merges = len({self._source.topology.bank_of_layer[user] for user in bank.layers}) > 1
+        is_merged = merges(self._source, bank)
 
         def decided(
             router: TopKRouter, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, torch.Tensor]
         ) -> None:
             put_experts(layer, self._source)
-            if not merges:
+            if not is_merged:
                 return
             limit = max(1, _KEPT // layer.config.num_moe_experts)
             states = inputs[0].flatten(0, 1)

@@ -14,6 +14,11 @@ from megatron_tied.topology import Bank, TieTopology
 _ROUTER_ENDINGS = (".mlp.router.weight", ".mlp.router.expert_bias")
 
 
+def merges(base: WeightSource, bank: Bank) -> bool:
+    """Whether the layers of `bank` bring different experts from `base`."""
+    return len({base.topology.bank_of_layer[layer] for layer in bank.layers}) > 1
+
+
 class Merge(Protocol):
     """How the experts of several layers become those of one bank."""
 
@@ -56,7 +61,7 @@ class AverageMerge:
         return total.div_(bank.size)
 
 
-def check_expert_counts(base: WeightSource, topology: TieTopology) -> None:
+def _check_expert_counts(base: WeightSource, topology: TieTopology) -> None:
     """Raise `ConfigError` unless every layer has as many experts in `topology` as in `base`."""
     for layer in topology.moe_layers:
         had, has = (which.num_experts(layer, base.config.num_moe_experts) for which in (base.topology, topology))
@@ -76,7 +81,7 @@ class RetiedSource:
         self.config = base.config
         self.topology = topology
         self.merge = merge
-        check_expert_counts(base, topology)
+        _check_expert_counts(base, topology)
 
     def names(self) -> list[str]:
         """See `WeightSource`."""
@@ -101,14 +106,10 @@ class RetiedSource:
     def read_experts(self, layer: int, kind: str) -> torch.Tensor:
         """See `WeightSource`. What is merged is rounded once."""
         bank = self.topology.bank(layer)
-        if not self._is_merged(bank):
+        if not merges(self.base, bank):
             return self.base.read_experts(bank.owner, kind)
         return self.merge.experts(self.base, bank, kind).to(self.expert_dtype(layer, kind))
 
-    def _is_merged(self, bank: Bank) -> bool:
-        """Whether the layers of the bank bring different experts."""
-        return len({self.base.topology.bank_of_layer[layer] for layer in bank.layers}) > 1
-
     def _permutation(self, layer: int) -> torch.Tensor | None:
         bank = self.topology.bank(layer)
-        return self.merge.permutation(layer) if self._is_merged(bank) else None
+        return self.merge.permutation(layer) if merges(self.base, bank) else None

@@ -129,6 +129,20 @@ def test_experts_that_are_the_same_keep_their_bits(text: Path, tmp_path: Path) -
     assert CheckpointSource(again).topology.describe() == "6 layers: 0 [1 2] [3 4] 5"
 
 
+def test_the_disk_must_hold_merged_banks_beside_the_result(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr("megatron_tied.convert.convert.check_space", lambda path, size: needed.append(size))
+    model = save("olmoe", tmp_path / "model")
+    for method, more in (("owner", ()), ("matched", ("--calibration", str(text)))):
+        options = ("--tie-banks", "0,1,1,2,2,3", "--tie-method", method, *more)
+        convert("hf", "megatron-tied", model, tmp_path / method, *options)
+    plain, matched = needed
+    # Two banks of 8 experts with three matrices of 32 by 64 numbers.
+    assert matched - plain == 2 * 8 * 3 * 32 * 64 * 4
+
+
 def test_calibration_text_is_spread_over_the_data(tmp_path: Path) -> None:
     prefix = write_tokens(tmp_path / "count", np.arange(1000, dtype=np.int32))
     found = calibration_tokens(prefix, tokens=200, length=50, vocab_size=1000)
