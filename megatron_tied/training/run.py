@@ -97,6 +97,8 @@ def _run(config: RunConfig, start: Start, liveness: Liveness, signals: StopSigna
         _finish(config, figures, seconds, earlier | metrics)
     # All end together: who ends early is taken for lost, with its host.
     torch.distributed.barrier(for_signals)
+    # Its hooks hold it, with all its process groups, for the life of the process.
+    engine.destroy()
 
 
 def _finish(config: RunConfig, figures: dict[str, int], seconds: float, metrics: dict[str, float]) -> None:

@@ -26,6 +26,7 @@ from tests.oracle.names import (
     to_reference,
 )
 from tests.oracle.reference import LATENT_ATTENTION, ROUTED_SCALING, YARN, ReferenceSpec, Weights
+from tests.process_groups import leave_groups
 from tests.tiny_model import FIELDS
 
 # A small eps would let AdamW amplify the rounding of near-zero gradients beyond the tolerances.
@@ -112,7 +113,7 @@ def _latent_attention(spec: ReferenceSpec) -> dict[str, Any]:
 def model_parallel(ep: int, tp: int = 1) -> Iterator[None]:
     """Process groups for one case. Those of the case before serve again if they fit: each set keeps many threads."""
     if not parallel_state.model_parallel_is_initialized() or _sizes() != (ep, tp):
-        parallel_state.destroy_model_parallel()
+        leave_groups()
         mt.initialize_model_parallel(ep, tp)
     yield
 

@@ -5,7 +5,6 @@ The JSON maps a run directory to its overrides.
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import torch
 
 from megatron_tied import pretrain
 from megatron_tied.training import run
+from tests.process_groups import leave_groups
 
 
 @contextmanager
@@ -30,27 +30,10 @@ def joined_once() -> Iterator[None]:
 
 def train(config: str, directory: str, overrides: list[str]) -> int:
     """One run in this process, whatever has run in it before; returns its exit code."""
-    from megatron.core import parallel_state  # `run` has prepared the host for it
-
     try:
         return pretrain.main(["--config", config, f"train.run_dir={directory}", *overrides])
     finally:
-        parallel_state.destroy_model_parallel()
         leave_groups()
-
-
-def leave_groups() -> None:
-    """Leave all but DeepSpeed's: each holds threads and sockets, and a run makes dozens."""
-    from deepspeed.utils import groups
-
-    kept = {torch.distributed.group.WORLD, *filter(_is_group, vars(groups).values())}
-    for group in set(torch.distributed.distributed_c10d._world.pg_map) - kept:
-        torch.distributed.destroy_process_group(group)
-    gc.collect()  # the engine's references
-
-
-def _is_group(value: object) -> bool:
-    return isinstance(value, torch.distributed.ProcessGroup)
 
 
 def main(config: str, runs: str) -> None:

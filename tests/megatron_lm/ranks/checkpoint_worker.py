@@ -11,11 +11,12 @@ from megatron.core import dist_checkpointing, parallel_state
 
 from tests.megatron_lm.cases import NativeCase
 from tests.megatron_lm.ranks.native_run import NativeModel, initialize
+from tests.process_groups import leave_groups
 
 
 def start(job: dict[str, Any], case: NativeCase) -> NativeModel:
     """The model of one layout, holding the job's initial weights."""
-    parallel_state.destroy_model_parallel()
+    leave_groups()
     initialize(
         pipeline_model_parallel_size=case.pp,
         virtual_pipeline_model_parallel_size=case.vp,

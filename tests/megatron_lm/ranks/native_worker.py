@@ -6,15 +6,15 @@ import sys
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from tests.megatron_lm.cases import NativeCase
 from tests.megatron_lm.ranks.native_run import NativeModel, initialize
+from tests.process_groups import leave_groups
 
 
 def run_case(job: dict[str, Any], case: NativeCase) -> dict[str, Any]:
     """Train one case; returns what `ReferenceTrace` holds."""
-    parallel_state.destroy_model_parallel()
+    leave_groups()
     initialize(
         pipeline_model_parallel_size=case.pp,
         virtual_pipeline_model_parallel_size=case.vp,
