@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.topology import TieConfig
@@ -78,12 +83,38 @@ def _run(args: argparse.Namespace) -> int:
         verify=not args.no_verify,
     )
     try:
-        convert(asked)
+        with _terminable():
+            convert(asked)
     except KeyboardInterrupt:
-        return _failed("interrupted", 130)
+        return _failed("interrupted", asked.output, 130)
+    except _Terminated:
+        return _failed("terminated", asked.output, 128 + signal.SIGTERM)
     except OSError as error:
-        return _failed(str(error), 1)
+        return _failed(str(error), asked.output, 1)
     return 0
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come. Like KeyboardInterrupt no `Exception`, which somebody might handle."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises `_Terminated` while the context lasts, so that what was begun is removed."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # Schedulers signal more than once: the next must not end the removing.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tie(args: argparse.Namespace) -> TieConfig | None:
@@ -102,9 +133,16 @@ def _tie(args: argparse.Namespace) -> TieConfig | None:
 
 
 def _banks(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        valid = f"must be whole numbers with commas between them, such as 0,1,1,2: {text!r}"
+        raise argparse.ArgumentTypeError(valid) from None
 
 
-def _failed(reason: str, code: int) -> int:
-    print(f"megatron-tied convert: {reason}; nothing was written", file=sys.stderr)
+def _failed(reason: str, output: Path, code: int) -> int:
+    from megatron_tied.convert.output import is_complete
+
+    left = f"{output} is complete all the same" if is_complete(output) else "nothing was written"
+    print(f"megatron-tied convert: {reason}; {left}", file=sys.stderr)
     return code

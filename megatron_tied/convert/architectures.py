@@ -6,9 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_tied.convert.hf_config import (
+    CarriedJson,
+    ConfigJson,
+    DeepseekV2Json,
+    DeepseekV3Json,
+    OlmoeJson,
+    Qwen3MoeJson,
+)
 from megatron_tied.convert.translations import (
     FIRST_LAYERS_DENSE,
     LATENT_ROPE,
+    PLAIN_ROPE,
+    RENORMALISED_SOFTMAX,
     ROUTED_SCALING,
     SHARED_EXPERTS,
     SIGMOID_WEIGHTS,
@@ -20,11 +30,8 @@ from megatron_tied.convert.translations import (
     ignored,
     implied,
     latent_rope,
-    nullable,
     only,
-    plain_rope,
     refuse,
-    renormalised_softmax,
     same,
 )
 from megatron_tied.errors import ConfigError, Problem
@@ -40,53 +47,53 @@ _COMMON = (
     same("num_attention_heads", "num_attention_heads"),
     same("vocab_size", "vocab_size"),
     same("max_position_embeddings", "max_position_embeddings"),
-    same("initializer_range", "init_method_std", 0.02),
-    same("attention_dropout", "attention_dropout", 0.0),
-    same("tie_word_embeddings", "share_embeddings_and_output_weights", False),
+    same("initializer_range", "init_method_std"),
+    same("attention_dropout", "attention_dropout"),
+    same("tie_word_embeddings", "share_embeddings_and_output_weights"),
     same("num_experts_per_tok", "moe_router_topk"),
     only("hidden_act", "silu", "swish", why="no other activation is known here"),
     only("attention_bias", False, None, why="biases of the attention are not supported"),
     only("quantization_config", None, why="weights must not be quantised: convert them to bf16 first"),
     only("partial_rotary_factor", None, 1, why="the Hugging Face class ignores it"),
-    ignored("architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"),
-    ignored("model_type", "transformers_version", "use_cache", "output_router_logits", "pretraining_tp", "ep_size"),
-    ignored("expert_banks", "num_tied_experts"),
+    ignored("architectures", "auto_map", "dtype", "torch_dtype"),
+    ignored("model_type", "transformers_version", "pretraining_tp", "ep_size"),
+    ignored(*CarriedJson.model_fields),
 )
-_AUX_LOSS = same("router_aux_loss_coef", "moe_aux_loss_coeff", 0.0)
+_AUX_LOSS = same("router_aux_loss_coef", "moe_aux_loss_coeff")
 _NOT_WRITTEN = ("quantization_config", "partial_rotary_factor")
 
 
 def _read_head_dim(json: Json) -> Fields:
-    size, heads = json.get("head_dim"), json.get("num_attention_heads") or 1
-    if size not in (None, (json.get("hidden_size") or 0) // heads):
+    size = json["head_dim"]
+    if size not in (None, json["hidden_size"] // json["num_attention_heads"]):
         raise refuse("head_dim", size, "must be hidden_size / num_attention_heads, as wide as the query norm is")
     return {}
 
 
 _OLMOE = (
-    same("num_key_value_heads", "num_query_groups", None),
-    same("num_experts", "num_moe_experts", also="num_local_experts"),
+    same("num_key_value_heads", "num_query_groups"),
+    same("num_experts", "num_moe_experts"),
     same("intermediate_size", "moe_ffn_hidden_size"),
-    same("rms_norm_eps", "layernorm_epsilon", 1e-5),
-    same("clip_qkv", "qkv_clip", None),
+    same("rms_norm_eps", "layernorm_epsilon"),
+    same("clip_qkv", "qkv_clip"),
     Translation(("head_dim",), _read_head_dim, lambda config: {}),
-    renormalised_softmax(False),
-    plain_rope(),
+    RENORMALISED_SOFTMAX,
+    PLAIN_ROPE,
     _AUX_LOSS,
     implied(qk_layernorm=True, qk_norm_scope="projection"),
 )
 
 _QWEN3_MOE = (
     same("num_key_value_heads", "num_query_groups"),
-    same("num_experts", "num_moe_experts", also="num_local_experts"),
+    same("num_experts", "num_moe_experts"),
     same("moe_intermediate_size", "moe_ffn_hidden_size"),
     same("intermediate_size", "ffn_hidden_size"),
-    same("head_dim", "kv_channels", None),
-    same("rms_norm_eps", "layernorm_epsilon", 1e-6),
+    same("head_dim", "kv_channels"),
+    same("rms_norm_eps", "layernorm_epsilon"),
     only("use_sliding_window", False, None, why="windowed attention is not supported"),
-    renormalised_softmax(False),
+    RENORMALISED_SOFTMAX,
     SPARSE_STEPS,
-    plain_rope(),
+    PLAIN_ROPE,
     _AUX_LOSS,
     implied(qk_layernorm=True, qk_norm_scope="head"),
     ignored("sliding_window", "max_window_layers", "layer_types"),
@@ -96,7 +103,7 @@ _EPSILON = 1e-6
 
 
 def _read_epsilon(json: Json) -> Fields:
-    epsilon = json.get("rms_norm_eps", _EPSILON)
+    epsilon = json["rms_norm_eps"]
     if epsilon != _EPSILON:
         valid = f"must be {_EPSILON}, which the Hugging Face class has in the norms of compressed queries and keys"
         raise refuse("rms_norm_eps", epsilon, valid)
@@ -104,8 +111,8 @@ def _read_epsilon(json: Json) -> Fields:
 
 
 def _read_key_value_heads(json: Json) -> Fields:
-    heads = json.get("num_key_value_heads")
-    if heads not in (None, json.get("num_attention_heads")):
+    heads = json["num_key_value_heads"]
+    if heads not in (None, json["num_attention_heads"]):
         raise refuse("num_key_value_heads", heads, "must be num_attention_heads: latent attention has one key per head")
     return {}
 
@@ -117,10 +124,10 @@ _LATENT = (
         lambda config: {"num_key_value_heads": config.num_attention_heads},
     ),
     Translation(("rms_norm_eps",), _read_epsilon, lambda config: {"rms_norm_eps": config.layernorm_epsilon}),
-    same("n_routed_experts", "num_moe_experts", also="num_experts"),
+    same("n_routed_experts", "num_moe_experts"),
     same("moe_intermediate_size", "moe_ffn_hidden_size"),
     same("intermediate_size", "ffn_hidden_size"),
-    nullable("q_lora_rank", "q_lora_rank"),
+    same("q_lora_rank", "q_lora_rank", null=True),
     same("kv_lora_rank", "kv_lora_rank"),
     same("qk_nope_head_dim", "qk_head_dim"),
     same("qk_rope_head_dim", "qk_pos_emb_head_dim"),
@@ -142,7 +149,7 @@ _DEEPSEEK_V2 = (
     only("mlp_bias", False, None, why="biases are not supported"),
     expert_groups(
         1,
-        lambda json: json.get("topk_method", "greedy") != "greedy",
+        lambda json: json["topk_method"] != "greedy",
         lambda limited: "group_limited_greedy" if limited else "greedy",
     ),
     implied(moe_router_pre_softmax=True),
@@ -154,10 +161,8 @@ _DEEPSEEK_V3 = (
     only("scoring_func", "sigmoid", why="this architecture's router"),
     only("rope_interleave", True, why="Megatron-Core pairs neighbouring rotary dimensions"),
     expert_groups(2, lambda json: True, lambda limited: "noaux_tc"),
-    # What is written has none; of what is read they are left out, as the Hugging Face class does.
-    Translation(
-        ("num_nextn_predict_layers", "num_mtp_layers"), lambda json: {}, lambda config: {"num_nextn_predict_layers": 0}
-    ),
+    # What is written predicts no further tokens; of what is read that is left out, as the Hugging Face class does.
+    Translation((), lambda json: {}, lambda config: {"num_nextn_predict_layers": 0}),
     implied(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
 )
 
@@ -168,10 +173,12 @@ class Architecture:
 
     model_type: str
     causal_lm: str
+    schema: type[ConfigJson]
     translations: tuple[Translation, ...]
 
     def read(self, json: Json) -> ModelConfig:
         """Our config of the model that `json` describes. Raises `ConfigError` naming every key in the way."""
+        json = self.schema.complete(json)
         fields: Fields = {}
         problems: list[Problem] = []
         for translation in self.translations:
@@ -188,7 +195,7 @@ class Architecture:
 
     def unknown(self, json: Json) -> list[str]:
         """The keys of `json` that the table does not speak about."""
-        known = {key for translation in self.translations for key in translation.keys}
+        known = {key for translation in self.translations for key in translation.keys} | self.schema.renamed.keys()
         return sorted(key for key in json if key not in known and not key.startswith("_"))
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -214,10 +221,10 @@ class Architecture:
 ARCHITECTURES: Mapping[str, Architecture] = {
     architecture.model_type: architecture
     for architecture in (
-        Architecture("olmoe", "OlmoeForCausalLM", (*_COMMON, *_OLMOE)),
-        Architecture("qwen3_moe", "Qwen3MoeForCausalLM", (*_COMMON, *_QWEN3_MOE)),
-        Architecture("deepseek_v2", "DeepseekV2ForCausalLM", (*_COMMON, *_DEEPSEEK_V2)),
-        Architecture("deepseek_v3", "DeepseekV3ForCausalLM", (*_COMMON, *_DEEPSEEK_V3)),
+        Architecture("olmoe", "OlmoeForCausalLM", OlmoeJson, (*_COMMON, *_OLMOE)),
+        Architecture("qwen3_moe", "Qwen3MoeForCausalLM", Qwen3MoeJson, (*_COMMON, *_QWEN3_MOE)),
+        Architecture("deepseek_v2", "DeepseekV2ForCausalLM", DeepseekV2Json, (*_COMMON, *_DEEPSEEK_V2)),
+        Architecture("deepseek_v3", "DeepseekV3ForCausalLM", DeepseekV3Json, (*_COMMON, *_DEEPSEEK_V3)),
     )
 }
 

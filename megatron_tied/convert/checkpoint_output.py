@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,60 +13,47 @@ import yaml
 from megatron_tied import __version__
 from megatron_tied.checkpoint.manifest import Chunk, Manifest, Tensor
 from megatron_tied.checkpoint.storage import tensor_key
+from megatron_tied.convert.pieces import Piece, Written, entry_piece
 from megatron_tied.convert.precision import NAMES, written_dtype
 from megatron_tied.convert.shards import ShardWriter
 from megatron_tied.convert.sources import WeightSource
-from megatron_tied.convert.tensors import KINDS, bank_name, count, entries, expert_shape
+from megatron_tied.convert.tensors import KINDS, bank_name, entries, expert_shape
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.topology import TieConfig
 
 
-def checkpoint_bytes(source: WeightSource, wanted: torch.dtype | None) -> int:
-    """How many bytes of tensors `write_checkpoint` writes."""
-    total = sum(
-        count(entry.shape) * written_dtype(source.dtype(entry.ours), wanted, entry.state).itemsize
-        for entry in entries(source.config, source.topology)
-    )
+def checkpoint_pieces(source: WeightSource, wanted: torch.dtype | None) -> Iterator[Piece]:
+    """All tensors of a checkpoint, by our names."""
+    for entry in entries(source.config, source.topology):
+        yield entry_piece(source, entry, wanted, ours=True)
     for bank in source.topology.banks:
         for kind in KINDS:
-            shape = expert_shape(source.config, source.topology, bank.owner, kind)
-            total += count(shape) * written_dtype(source.expert_dtype(bank.owner, kind), wanted, "weight").itemsize
-    return total
+            yield Piece(
+                (bank_name(bank.owner, kind),),
+                (expert_shape(source.config, source.topology, bank.owner, kind),),
+                written_dtype(source.expert_dtype(bank.owner, kind), wanted, "weight"),
+                lambda layer=bank.owner, kind=kind: [source.read_experts(layer, kind)],
+            )
 
 
 def write_checkpoint(
-    source: WeightSource,
-    directory: Path,
-    *,
-    run: dict[str, Any],
-    imported: bool,
-    wanted: torch.dtype | None,
-    advance: Callable[[int], object],
+    source: WeightSource, written: Written, directory: Path, *, run: dict[str, Any], imported: bool
 ) -> None:
-    """Write tensors, manifest, and the start of a run's config; `advance` is told of every tensor's bytes.
+    """Write the tensors of `written`, which are those of `source`, a manifest, and the start of a run's config.
 
     `run` is what the manifest says of the run, but for model and topology, which are the source's; `imported`, whether
     the weights are stored in the precision of the model that was imported, or in float32 from training here.
     """
     shards = ShardWriter(directory, lambda number: f"weights_{number:05d}.safetensors")
     tensors: dict[str, Tensor] = {}
-
-    def add(name: str, tensor: torch.Tensor) -> None:
+    for name, tensor, state in written:
         offsets = [0] * tensor.dim()
-        shards.add(tensor_key(name, offsets), tensor)
-        file = shards.file_of[tensor_key(name, offsets)]
+        key = tensor_key(f"{state}/{name}", offsets)
+        shards.add(key, tensor)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        tensors[name] = Tensor(dtype, list(tensor.shape), [Chunk(file, offsets, list(tensor.shape))])
-        advance(tensor.numel() * tensor.element_size())
-
-    for entry in entries(source.config, source.topology):
-        stored = source.read(entry.ours)
-        add(f"{entry.state}/{entry.ours}", stored.to(written_dtype(stored.dtype, wanted, entry.state)))
-    for bank in source.topology.banks:
-        for kind in KINDS:
-            stored = source.read_experts(bank.owner, kind)
-            add(f"weight/{bank_name(bank.owner, kind)}", stored.to(written_dtype(stored.dtype, wanted, "weight")))
-            del stored
+        chunk = Chunk(shards.file_of[key], offsets, list(tensor.shape))
+        tensors[f"{state}/{name}"] = Tensor(dtype, list(tensor.shape), [chunk])
+        del tensor
     shards.finish()
     manifest = Manifest(
         step=0,

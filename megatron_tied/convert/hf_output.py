@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_tied.convert.architectures import COMPACT_PREFIX, architecture_of
-from megatron_tied.convert.precision import written_dtype
+from megatron_tied.convert.pieces import Piece, Written, entry_piece
+from megatron_tied.convert.precision import common_dtype, written_dtype
 from megatron_tied.convert.shards import ShardWriter
 from megatron_tied.convert.sources import WeightSource
-from megatron_tied.convert.tensors import KINDS, count, entries, expert_name, expert_shape, fused_name
+from megatron_tied.convert.tensors import KINDS, entries, expert_name, expert_shape, fused_name
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.topology import TieTopology
@@ -53,38 +54,26 @@ def compact_config(config: ModelConfig, topology: TieTopology) -> dict[str, Any]
     }
 
 
-def hf_bytes(source: WeightSource, wanted: torch.dtype | None, *, compact: bool) -> int:
-    """How many bytes of tensors `write_hf` writes."""
-    config, topology = source.config, source.topology
-    total = sum(
-        count(entry.shape) * written_dtype(source.dtype(entry.ours), wanted, entry.state).itemsize
-        for entry in entries(config, topology)
-    )
-    for layer in _layers(topology, compact=compact):
-        for kind in KINDS:
-            size = written_dtype(source.expert_dtype(layer, kind), wanted, "weight").itemsize
-            total += count(expert_shape(config, topology, layer, kind)) * size
-    return total
+def hf_pieces(source: WeightSource, wanted: torch.dtype | None, *, compact: bool) -> Iterator[Piece]:
+    """All tensors of a Hugging Face model, by its names."""
+    for entry in entries(source.config, source.topology):
+        yield entry_piece(source, entry, wanted, ours=False)
+    for layer in source.topology.moe_layers:
+        if not compact:
+            yield from _single_experts(source, layer, wanted)
+        elif source.topology.is_owner(layer):
+            yield from _stacked(source, layer, wanted)
 
 
-def write_hf(
-    source: WeightSource,
-    directory: Path,
-    *,
-    json_config: dict[str, Any],
-    wanted: torch.dtype | None,
-    compact: bool,
-    advance: Callable[[int], object],
-) -> None:
-    """Write weights, their index and config.json into `directory`; `advance` is told of every tensor's bytes."""
+def write_hf(written: Written, directory: Path, *, json_config: dict[str, Any], compact: bool) -> None:
+    """Write weights, their index and config.json into `directory`."""
     shards = ShardWriter(directory, lambda number: f"model-{number:05d}.safetensors")
     dtypes: dict[torch.dtype, int] = {}
-    for name, tensor, state in _tensors(source, wanted, compact=compact):
-        size = tensor.numel() * tensor.element_size()
+    for name, tensor, state in written:
         shards.add(name, tensor)
         if state == "weight":
-            dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + size
-        advance(size)
+            dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.numel() * tensor.element_size()
+        del tensor
     _name_shards(directory, shards, shards.finish())
     dtype = str(max(dtypes, key=dtypes.get)).removeprefix("torch.")
     write_json(directory / "config.json", json_config | {"torch_dtype": dtype})
@@ -116,41 +105,36 @@ def serving_warnings(config: ModelConfig) -> list[str]:
     return found
 
 
-def _layers(topology: TieTopology, *, compact: bool) -> Iterator[int]:
-    return (layer for layer in topology.moe_layers if not compact or topology.is_owner(layer))
-
-
-def _tensors(
-    source: WeightSource, wanted: torch.dtype | None, *, compact: bool
-) -> Iterator[tuple[str, torch.Tensor, str]]:
-    for entry in entries(source.config, source.topology):
-        stored = source.read(entry.ours)
-        whole = stored.to(written_dtype(stored.dtype, wanted, entry.state))
-        for name, part in zip(entry.theirs, entry.split(whole), strict=True):
-            yield name, part, entry.state
-    for layer in _layers(source.topology, compact=compact):
-        yield from _stacked(source, layer, wanted) if compact else _single_experts(source, layer, wanted)
-
-
-def _single_experts(
-    source: WeightSource, layer: int, wanted: torch.dtype | None
-) -> Iterator[tuple[str, torch.Tensor, str]]:
+def _single_experts(source: WeightSource, layer: int, wanted: torch.dtype | None) -> Iterator[Piece]:
     for kind in KINDS:
-        stored = source.read_experts(layer, kind)
-        for expert, matrix in enumerate(stored):
-            yield expert_name(layer, expert, kind), matrix.to(written_dtype(stored.dtype, wanted, "weight")), "weight"
+        experts, *shape = expert_shape(source.config, source.topology, layer, kind)
+        yield Piece(
+            [expert_name(layer, expert, kind) for expert in range(experts)],
+            [tuple(shape)] * experts,
+            written_dtype(source.expert_dtype(layer, kind), wanted, "weight"),
+            lambda kind=kind: source.read_experts(layer, kind),
+        )
 
 
-def _stacked(source: WeightSource, layer: int, wanted: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor, str]]:
+def _stacked(source: WeightSource, layer: int, wanted: torch.dtype | None) -> Iterator[Piece]:
     experts, width, hidden = expert_shape(source.config, source.topology, layer, "gate")
-    dtype = written_dtype(source.expert_dtype(layer, "gate"), wanted, "weight")
-    both = torch.empty(experts, 2 * width, hidden, dtype=dtype)
-    both[:, :width] = source.read_experts(layer, "gate")
-    both[:, width:] = source.read_experts(layer, "up")
-    yield fused_name(layer, "gate"), both, "weight"
-    del both
-    down = source.read_experts(layer, "down")
-    yield fused_name(layer, "down"), down.to(written_dtype(down.dtype, wanted, "weight")), "weight"
+    both = (experts, 2 * width, hidden)
+    stored = common_dtype(source.expert_dtype(layer, kind) for kind in ("gate", "up"))
+    dtype = written_dtype(stored, wanted, "weight")
+
+    def gate_and_up() -> Iterator[torch.Tensor]:
+        whole = torch.empty(both, dtype=dtype)
+        whole[:, :width] = source.read_experts(layer, "gate")
+        whole[:, width:] = source.read_experts(layer, "up")
+        yield whole
+
+    yield Piece((fused_name(layer, "gate"),), (both,), dtype, gate_and_up)
+    yield Piece(
+        (fused_name(layer, "down"),),
+        (expert_shape(source.config, source.topology, layer, "down"),),
+        written_dtype(source.expert_dtype(layer, "down"), wanted, "weight"),
+        lambda: [source.read_experts(layer, "down")],
+    )
 
 
 def _name_shards(directory: Path, shards: ShardWriter, files: list[str]) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from megatron_tied.convert.architectures import COMPACT_PREFIX, Architecture, architecture_named
+from megatron_tied.convert.hf_files import Stored, read_config, stored_tensors
+from megatron_tied.convert.precision import common_dtype
 from megatron_tied.convert.sources import tensor_problems
 from megatron_tied.convert.tensors import KINDS, Shape, entries, expert_name, expert_shape, fused_name
 from megatron_tied.convert.translations import refuse
@@ -19,17 +19,10 @@ from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.topology import TieConfig, TieTopology
 
-_INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Computed from the config, and stored by old versions.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-
-
-class _Stored(NamedTuple):
-    file: Path
-    shape: Shape
-    dtype: str
 
 
 class HuggingFaceSource:
@@ -41,7 +34,7 @@ class HuggingFaceSource:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.json = _read_config(directory)
+        self.json = read_config(directory)
         self.architecture: Architecture = architecture_named(self.json.get("model_type"))
         self.config: ModelConfig = self.architecture.read(self.json)
         self.topology = self._topology()
@@ -50,7 +43,7 @@ class HuggingFaceSource:
             for key in self.architecture.unknown(self.json)
         ]
         self._entries = {entry.ours: entry for entry in entries(self.config, self.topology)}
-        self._stored = dict(self._wanted(_stored_tensors(directory)))
+        self._stored = dict(self._wanted(stored_tensors(directory)))
         # Which form the experts of each layer are stored in.
         self._fused = {
             layer: fused_name(self._stored_layer(layer), "up") in self._stored for layer in self.topology.moe_layers
@@ -70,7 +63,7 @@ class HuggingFaceSource:
 
     def dtype(self, name: str) -> torch.dtype:
         """See `WeightSource`."""
-        return _DTYPES[self._stored[self._entries[name].theirs[0]].dtype]
+        return self._dtype_of(self._entries[name].theirs)
 
     def read(self, name: str) -> torch.Tensor:
         """See `WeightSource`."""
@@ -79,7 +72,7 @@ class HuggingFaceSource:
 
     def expert_dtype(self, layer: int, kind: str) -> torch.dtype:
         """See `WeightSource`."""
-        return _DTYPES[self._stored[next(iter(self._expert_tensors(layer, kind)))].dtype]
+        return self._dtype_of(self._expert_tensors(layer, kind))
 
     def read_experts(self, layer: int, kind: str) -> torch.Tensor:
         """See `WeightSource`."""
@@ -114,6 +107,10 @@ class HuggingFaceSource:
         experts = expert_shape(self.config, self.topology, layer, kind)[0]
         return [expert_name(layer_stored, expert, kind) for expert in range(experts)]
 
+    def _dtype_of(self, names: Iterable[str]) -> torch.dtype:
+        """That of a tensor put together from these, in which none of them is rounded."""
+        return common_dtype(_DTYPES[dtype] for dtype in {self._stored[name].dtype for name in names})
+
     def _read(self, name: str) -> torch.Tensor:
         with safe_open(self._stored[name].file, framework="pt") as file:
             # A copy: what the file is mapped to counts as memory for as long as it is held.
@@ -128,7 +125,7 @@ class HuggingFaceSource:
                 for index, name in wanted:
                     whole[index] = file.get_tensor(name)
 
-    def _wanted(self, stored: dict[str, _Stored]) -> Iterator[tuple[str, _Stored]]:
+    def _wanted(self, stored: dict[str, Stored]) -> Iterator[tuple[str, Stored]]:
         """All but what is known to be of no use here."""
         later = {layer for name in stored if (layer := _layer(name)) >= self.config.num_layers}
         if later and self.json.get("num_nextn_predict_layers"):
@@ -168,59 +165,19 @@ class HuggingFaceSource:
 
     def _check_output_layer(self) -> None:
         """With tied embeddings an output layer may be stored, too, if it is the same."""
-        tied = self.config.share_embeddings_and_output_weights and "lm_head.weight" in self._stored
-        if tied and not torch.equal(self._read("lm_head.weight"), self._read("model.embed_tokens.weight")):
-            valid = "has another lm_head.weight than model.embed_tokens.weight, though tie_word_embeddings is true"
+        if not self.config.share_embeddings_and_output_weights or "lm_head.weight" not in self._stored:
+            return
+        embedding, output = self._read("model.embed_tokens.weight"), self._read("lm_head.weight")
+        # One of them may have been rounded since.
+        if not (torch.equal(embedding.to(output.dtype), output) or torch.equal(embedding, output.to(embedding.dtype))):
+            stored = " and ".join(self._stored[name].dtype for name in ("lm_head.weight", "model.embed_tokens.weight"))
+            valid = (
+                f"has another lm_head.weight than model.embed_tokens.weight (stored as {stored}), "
+                f"though tie_word_embeddings is true"
+            )
             raise ConfigError(Problem("--input", str(self.directory), valid))
 
 
 def _layer(name: str) -> int:
     match = _LAYER.match(name)
     return int(match[1]) if match else -1
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(Problem("--input", str(directory), "must be a Hugging Face model: no config.json")) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(Problem("--input", str(path), f"cannot be read: {error}")) from None
-    if not isinstance(content, dict):
-        raise ConfigError(Problem("--input", str(path), "must hold a JSON object"))
-    return content
-
-
-def _stored_tensors(directory: Path) -> dict[str, _Stored]:
-    """All tensors of the directory's safetensors files, from their headers."""
-    found: dict[str, _Stored] = {}
-    for path in _files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (it is no dictionary)
-                    part = file.get_slice(name)
-                    found[name] = _Stored(path, tuple(part.get_shape()), part.get_dtype())
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(Problem("--input", str(path), f"cannot be read: {error}")) from None
-    return found
-
-
-def _files(directory: Path) -> list[Path]:
-    index = directory / _INDEX
-    if not index.is_file():
-        single = directory / "model.safetensors"
-        if single.is_file():
-            return [single]
-        valid = f"has no model.safetensors and no {_INDEX}; weights in other formats must be saved as safetensors first"
-        raise ConfigError(Problem("--input", str(directory), valid))
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise ConfigError(Problem("--input", str(index), "is no index of safetensors files")) from None
-    strangers = sorted(name for name in names if Path(name).name != name)
-    if strangers:
-        raise ConfigError(Problem("--input", str(index), f"must name files beside it, not {strangers[0]}"))
-    if missing := sorted(name for name in names if not (directory / name).is_file()):
-        raise ConfigError(Problem("--input", str(directory), f"lacks {', '.join(missing)}, which its index names"))
-    return [directory / name for name in sorted(names)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import reduce
+
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -14,3 +17,8 @@ def written_dtype(stored: torch.dtype, wanted: torch.dtype | None, state: str) -
     Buffers keep theirs whatever is wanted: a router's expert bias in bf16 would choose other experts.
     """
     return stored if wanted is None or state == "buffer" else wanted
+
+
+def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The narrowest in which none of `dtypes` is rounded."""
+    return reduce(torch.promote_types, dtypes)

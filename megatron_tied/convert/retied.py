@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from megatron_tied.convert.precision import common_dtype
 from megatron_tied.convert.sources import WeightSource
 from megatron_tied.convert.tensors import expert_shape
 from megatron_tied.errors import ConfigError, Problem
@@ -17,6 +18,11 @@ _ROUTER_ENDINGS = (".mlp.router.weight", ".mlp.router.expert_bias")
 def merges(base: WeightSource, bank: Bank) -> bool:
     """Whether the layers of `bank` bring different experts from `base`."""
     return len({base.topology.bank_of_layer[layer] for layer in bank.layers}) > 1
+
+
+def merged_dtype(base: WeightSource, bank: Bank, kind: str) -> torch.dtype:
+    """In which precision a bank is stored, which rounds none of its layers' experts."""
+    return common_dtype(base.expert_dtype(layer, kind) for layer in bank.layers)
 
 
 class Merge(Protocol):
@@ -101,13 +107,13 @@ class RetiedSource:
 
     def expert_dtype(self, layer: int, kind: str) -> torch.dtype:
         """See `WeightSource`."""
-        return self.base.expert_dtype(self.topology.bank(layer).owner, kind)
+        return merged_dtype(self.base, self.topology.bank(layer), kind)
 
     def read_experts(self, layer: int, kind: str) -> torch.Tensor:
         """See `WeightSource`. What is merged is rounded once."""
         bank = self.topology.bank(layer)
         if not merges(self.base, bank):
-            return self.base.read_experts(bank.owner, kind)
+            return self.base.read_experts(bank.owner, kind).to(self.expert_dtype(layer, kind))
         return self.merge.experts(self.base, bank, kind).to(self.expert_dtype(layer, kind))
 
     def _permutation(self, layer: int) -> torch.Tensor | None:

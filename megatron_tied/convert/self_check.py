@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-import psutil
 import torch
 
+from megatron_tied.convert.hf_files import INDEX, weight_files
 from megatron_tied.convert.hf_source import HuggingFaceSource
 from megatron_tied.convert.retied import RetiedSource
 from megatron_tied.convert.sources import CheckpointSource, WeightSource
-from megatron_tied.convert.tensors import KINDS, count, entries, expert_shape
 from megatron_tied.errors import ConfigError, Problem
 
 TOLERANCE = 1e-4  # of the largest logit
 # Odd, for the median: where two experts are chosen between by a hair, rounding can send one batch another way.
 _BATCHES = 3
 _SEQUENCES, _LENGTH = 2, 32
-# Of a model's weights in float32: what loading and computing need beside them.
-_OVERHEAD = 1.5
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -40,17 +38,6 @@ def require_transformers() -> None:
     if find_spec("transformers") is None:
         valid = "the check needs transformers: pip install 'transformers>=5', or give --no-verify to go without"
         raise ConfigError(Problem("--no-verify", False, valid))
-
-
-def lacking_memory(source: WeightSource) -> str | None:
-    """Why there is not enough memory to build the model of `source` with all layers' experts; None if there is."""
-    numbers = sum(count(entry.shape) for entry in entries(source.config, source.topology))
-    for layer in source.topology.moe_layers:
-        numbers += sum(count(expert_shape(source.config, source.topology, layer, kind)) for kind in KINDS)
-    needed, available = int(4 * numbers * _OVERHEAD), _available_memory()
-    if needed <= available:
-        return None
-    return f"it needs some {needed / 1e9:,.1f} GB of memory and {available / 1e9:,.1f} GB are available"
 
 
 def compare(source: WeightSource, written: Path, wanted: torch.dtype | None) -> Difference:
@@ -79,7 +66,8 @@ def _with_model(
                 weight.copy_(weight.to(wanted))
         if isinstance(model, live_model.GPTModel):
             return [live_model.logits(model, tokens) for tokens in batches]
-        return [model(tokens).logits.float() for tokens in batches]
+        with _refusals_told(model.config.name_or_path):
+            return [model(tokens).logits.float() for tokens in batches]
 
 
 def _source_model(source: WeightSource) -> torch.nn.Module:
@@ -105,7 +93,11 @@ def _written_model(directory: Path) -> torch.nn.Module:
 
 
 def hugging_face_model(directory: Path) -> torch.nn.Module:
-    """The directory's model by transformers, in float32; code that lies in the directory is never run."""
+    """The directory's model by transformers, in float32.
+
+    Of its files only the weights are read by transformers, and of its config.json only the keys of its architecture:
+    others could have it load adapters, kernels or code that lies elsewhere.
+    """
     import transformers
 
     from megatron_tied.convert import modeling_megatron_tied
@@ -113,16 +105,45 @@ def hugging_face_model(directory: Path) -> torch.nn.Module:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     source = HuggingFaceSource(directory)
+    keys: dict[str, Any] = source.architecture.schema.computing(source.json)
     if source.is_compact:
         model_class = getattr(modeling_megatron_tied, f"MegatronTied{source.architecture.causal_lm}")
+        keys |= {key: source.json.get(key) for key in ("expert_banks", "num_tied_experts")}
     else:
         model_class = getattr(importlib.import_module("transformers"), source.architecture.causal_lm)
-    model, loading = model_class.from_pretrained(
-        directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
-    )
+    with _refusals_told(str(directory)), tempfile.TemporaryDirectory() as weights:
+        for file in (*weight_files(directory), directory / INDEX):
+            if file.is_file():
+                (Path(weights) / file.name).symlink_to(file.resolve())
+        # Tokens have no part in it: their defaults may be beyond a small vocabulary.
+        config = model_class.config_class(**keys, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+        model, loading = model_class.from_pretrained(
+            weights,
+            config=config,
+            generation_config=transformers.GenerationConfig(),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    model.config.name_or_path = str(directory)
     if lost := loading["missing_keys"] or loading["mismatched_keys"]:
         raise ConfigError(Problem("--output", str(directory), f"transformers does not find {sorted(lost)[:4]}"))
     return model.eval()
+
+
+@contextmanager
+def _refusals_told(directory: str) -> Iterator[None]:
+    """Whatever transformers raises is a `ConfigError`: it found fault with what it was given."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        told = " ".join(str(error).split())[:400]
+        valid = f"cannot be checked, since transformers refuses it: {type(error).__name__}: {told}"
+        raise ConfigError(Problem("--no-verify", False, f"{directory} {valid}")) from error
 
 
 def _overwrite(model: torch.nn.Module, source: RetiedSource) -> None:
@@ -136,13 +157,3 @@ def _overwrite(model: torch.nn.Module, source: RetiedSource) -> None:
         mlp.experts.gate_up_proj[:, :width] = source.read_experts(layer, "gate").float()
         mlp.experts.gate_up_proj[:, width:] = source.read_experts(layer, "up").float()
         mlp.experts.down_proj.copy_(source.read_experts(layer, "down"))
-
-
-def _available_memory() -> int:
-    """Of this machine, or of this container where that is less."""
-    available = psutil.virtual_memory().available
-    try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return min(available, int(limit) - int(used)) if limit != "max" else available
-    except (OSError, ValueError):
-        return available

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_tied.checkpoint.manifest import File, sha256
@@ -13,6 +14,14 @@ from megatron_tied.files import sync
 
 # Of a file, unless a single tensor is larger.
 LIMIT = 256 << 20
+
+
+def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file; a full disk, which the library has an error of its own for, is an `OSError`."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
 
 
 class ShardWriter:
@@ -51,7 +60,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self._directory / self._name_of(len(self._written) + 1)
-        save_file(self._pending, path, metadata={"format": "pt"})
+        save(self._pending, path)
         # The library gives it to its owner alone.
         path.chmod(self._directory.stat().st_mode & 0o666)
         sync(path)

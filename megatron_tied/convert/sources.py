@@ -10,7 +10,7 @@ import torch
 
 from megatron_tied.checkpoint.manifest import BrokenCheckpointError, Manifest
 from megatron_tied.checkpoint.weights import WeightReader
-from megatron_tied.convert.tensors import KINDS, Shape, bank_name, entries, expert_shape
+from megatron_tied.convert.tensors import KINDS, Shape, bank_name, entries, expert_shape, some
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.topology import TieConfig, TieTopology
@@ -112,17 +112,12 @@ def tensor_problems(where: Path, expected: dict[str, Shape], stored: dict[str, S
     missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     wrong = sorted(name for name in expected.keys() & stored.keys() if expected[name] != stored[name])
     if missing:
-        yield Problem("--input", str(where), f"lacks {_some(missing)}, which its config asks for")
+        yield Problem("--input", str(where), f"lacks {some(missing)}, which its config asks for")
     if extra:
-        yield Problem("--input", str(where), f"has {_some(extra)}, which its config does not ask for")
+        yield Problem("--input", str(where), f"has {some(extra)}, which its config does not ask for")
     if wrong:
         told = [f"{name} {list(stored[name])} in place of {list(expected[name])}" for name in wrong]
-        yield Problem("--input", str(where), f"has tensors of another shape than its config says: {_some(told)}")
-
-
-def _some(names: list[str], shown: int = 4) -> str:
-    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
-    return f"{', '.join(names[:shown])}{more}"
+        yield Problem("--input", str(where), f"has tensors of another shape than its config says: {some(told)}")
 
 
 def _with_vocabulary(config: ModelConfig, reader: WeightReader) -> ModelConfig:

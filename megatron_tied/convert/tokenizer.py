@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from megatron_tied.convert.hf_files import read_json
 from megatron_tied.convert.hf_output import write_json
 from megatron_tied.data.tokenizer import SEPARATOR, SentencePieceTokenizer
 from megatron_tied.errors import ConfigError, Problem
@@ -18,14 +22,16 @@ _BESIDE = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     *("chat_template.jinja", "chat_template.json"),
 )
-GENERATION_CONFIG = "generation_config.json"
+_CONFIG = "tokenizer_config.json"
 NO_TOKENIZER = "none"
 
 _UNDERSCORE = "\u2581"  # SentencePiece's mark for a space
 _NORMAL, _BYTE = 1, 6  # types of pieces in SentencePiece's model
 _BPE = 2
 
+# The keys of config.json that name tokens.
 Special = dict[str, int | None]
+NO_TOKENS: Special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
@@ -35,21 +41,89 @@ def tokenizer_files(directory: Path) -> list[Path]:
     return [directory / name for name in (*_VOCABULARIES, *_BESIDE) if (directory / name).is_file()]
 
 
+def checked(given: Path, vocab_size: int, *, field: str) -> Special:
+    """The special tokens of the tokenizer `given`, a directory or a SentencePiece model.
+
+    Raises `ConfigError` about `field` for what is no tokenizer, or has tokens that a model of `vocab_size` does not
+    know, or has no equal in Hugging Face's form.
+    """
+    if given.is_dir():
+        ids = _ids(given, field)
+        special = _special(given, ids, field)
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            special = put_tokenizer(given, Path(directory))
+            ids = _ids(Path(directory), field)
+    token = max(ids, key=ids.get, default=None)
+    if token is not None and ids[token] >= vocab_size:
+        valid = f"has token id {ids[token]} ({token[:40]!r}), and the model knows those below {vocab_size}"
+        raise ConfigError(Problem(field, str(given), f"{valid}: name another by --tokenizer, or {NO_TOKENIZER}"))
+    return special
+
+
 def put_tokenizer(given: Path, directory: Path) -> Special:
     """Put the tokenizer `given`, a directory or a SentencePiece model, into `directory`.
 
-    Returns what a SentencePiece model says of the special tokens of config.json; nothing for a directory. Raises
-    `ConfigError` where there is none, or one that has no equal in Hugging Face's form.
+    Returns what a SentencePiece model says of the special tokens; nothing for a directory. Raises `ConfigError` for a
+    model that has no equal in Hugging Face's form.
     """
-    if given.is_dir():
-        files = tokenizer_files(given)
-        if not files:
-            valid = f"must hold a tokenizer: one of {', '.join(_VOCABULARIES)}"
-            raise ConfigError(Problem("--tokenizer", str(given), valid))
-        for file in files:
+    if not given.is_dir():
+        return _write_sentencepiece(given, directory)
+    for file in tokenizer_files(given):
+        content = read_json(file) if file.name == _CONFIG else {}
+        if "auto_map" in content:
+            # It names code, which is not carried along.
+            del content["auto_map"]
+            write_json(directory / file.name, content)
+        else:
             shutil.copyfile(file, directory / file.name)
-        return {}
-    return _write_sentencepiece(given, directory)
+    return {}
+
+
+def _ids(directory: Path, field: str) -> dict[str, int]:
+    """Every token's id, in whichever form they are there; none where that form is not known here."""
+    found = {path.name: path for path in tokenizer_files(directory)}
+    if not found:
+        valid = f"must hold a tokenizer: one of {', '.join(_VOCABULARIES)}"
+        raise ConfigError(Problem(field, str(directory), valid))
+    first = next(iter(found.values()))
+    try:
+        ids = _ids_of_file(first)
+        if first.name != "tokenizer.json" and "added_tokens.json" in found:
+            ids |= read_json(found["added_tokens.json"], field)
+        if not all(isinstance(index, int) for index in ids.values()):
+            raise ValueError("a token has an id that is no integer")
+    except ConfigError:
+        raise
+    except Exception as error:  # tokenizers has no narrower one
+        raise ConfigError(Problem(field, str(first), f"is no tokenizer: {error}")) from None
+    return ids
+
+
+def _ids_of_file(file: Path) -> dict[str, int]:
+    if file.name == "tokenizer.json":
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    if file.name in ("tokenizer.model", "spiece.model"):
+        model = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
+        return {model.id_to_piece(index): index for index in range(model.piece_size())}
+    if file.name == "vocab.json":
+        return read_json(file)
+    if file.name == "vocab.txt":
+        return {token: index for index, token in enumerate(file.read_text(encoding="utf-8").splitlines())}
+    return {}
+
+
+def _special(directory: Path, ids: Mapping[str, int], field: str) -> Special:
+    """The ids of the tokens that its config files name."""
+    named: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", _CONFIG):
+        if (directory / name).is_file():
+            named |= read_json(directory / name, field)
+    tokens = {key: named.get(key.removesuffix("_id")) for key in NO_TOKENS}
+    contents = {key: token.get("content") if isinstance(token, dict) else token for key, token in tokens.items()}
+    return {key: ids.get(content) if isinstance(content, str) else None for key, content in contents.items()}
 
 
 def _write_sentencepiece(model_file: Path, directory: Path) -> Special:

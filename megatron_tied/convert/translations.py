@@ -13,8 +13,6 @@ from megatron_tied.models.latent_attention import LatentSizes, is_latent, latent
 Json = Mapping[str, Any]
 Fields = dict[str, Any]
 
-_REQUIRED = object()
-
 
 @dataclass(frozen=True)
 class Translation:
@@ -41,37 +39,22 @@ def field_value(config: ModelConfig, name: str) -> Any:
     return getattr(config, name) if name in type(config).model_fields else (config.model_extra or {}).get(name)
 
 
-def same(key: str, field: str, default: object = _REQUIRED, *, also: str | None = None) -> Translation:
-    """One key that is one field. `default` is the Hugging Face class's, `also` another name of the key."""
+def same(key: str, field: str, *, null: bool = False) -> Translation:
+    """One key that is one field; of which null says something, or else leaves the field out."""
 
     def read(json: Json) -> Fields:
-        value = json.get(key, json.get(also) if also else None)
-        if value is None and default is _REQUIRED:
-            raise refuse(key, None, "must be given")
-        value = default if value is None else value
-        return {} if value is None else {field: value}
-
-    return Translation((key, *((also,) if also else ())), read, lambda config: {key: field_value(config, field)})
-
-
-def nullable(key: str, field: str) -> Translation:
-    """One key that is one field, and of which null says something; it must be there."""
-
-    def read(json: Json) -> Fields:
-        if key not in json:
-            raise refuse(key, None, "must be given, if only as null")
-        return {field: json[key]}
+        return {field: json[key]} if null or json[key] is not None else {}
 
     return Translation((key,), read, lambda config: {key: field_value(config, field)})
 
 
-def only(key: str, *values: object, why: str, absent: bool = True) -> Translation:
-    """A key that can have only these values here; the first is written. `absent`: whether it may be left out."""
+def only(key: str, *values: object, why: str) -> Translation:
+    """A key that can have only these values here; the first is written, and taken where there is none."""
 
     def read(json: Json) -> Fields:
-        if (absent and key not in json) or json.get(key) in values:
+        if json.get(key, values[0]) in values:
             return {}
-        raise refuse(key, json.get(key), f"must be {' or '.join(map(repr, values))}: {why}")
+        raise refuse(key, json[key], f"must be {' or '.join(map(repr, values))}: {why}")
 
     return Translation((key,), read, lambda config: {key: values[0]})
 
@@ -86,30 +69,29 @@ def ignored(*keys: str) -> Translation:
     return Translation(keys, lambda json: {}, lambda config: {})
 
 
-def renormalised_softmax(default: bool) -> Translation:
-    """Softmax over the chosen experts is the renormalised softmax over all."""
-    return Translation(
-        ("norm_topk_prob",),
-        lambda json: {"moe_router_pre_softmax": not json.get("norm_topk_prob", default)},
-        lambda config: {"norm_topk_prob": not config.moe_router_pre_softmax},
-    )
+# Softmax over the chosen experts is the renormalised softmax over all.
+RENORMALISED_SOFTMAX = Translation(
+    ("norm_topk_prob",),
+    lambda json: {"moe_router_pre_softmax": not json["norm_topk_prob"]},
+    lambda config: {"norm_topk_prob": not config.moe_router_pre_softmax},
+)
 
 
 def layer_pattern(keys: tuple[str, ...], is_moe: Callable[[Json, int], bool], write: Callable) -> Translation:
     """Which layers are MoE layers; `is_moe` tells it of a layer, from 0."""
 
     def read(json: Json) -> Fields:
-        pattern = [int(is_moe(json, layer)) for layer in range(json.get("num_hidden_layers") or 0)]
+        pattern = [int(is_moe(json, layer)) for layer in range(json["num_hidden_layers"])]
         if not any(pattern):
-            raise refuse(keys[-1], json.get(keys[-1]), "must leave an MoE layer: this model has none")
+            raise refuse(keys[-1], json[keys[-1]], "must leave an MoE layer: this model has none")
         return {"moe_layer_freq": 1 if all(pattern) else pattern}
 
     return Translation(keys, read, write)
 
 
 def _sparse_step(json: Json, layer: int) -> bool:
-    only_mlp = json.get("mlp_only_layers") or ()
-    return layer not in only_mlp and (layer + 1) % (json.get("decoder_sparse_step") or 1) == 0
+    only_mlp = json["mlp_only_layers"] or ()
+    return layer not in only_mlp and (layer + 1) % json["decoder_sparse_step"] == 0
 
 
 def _dense_layers(config: ModelConfig) -> list[int]:
@@ -123,13 +105,13 @@ SPARSE_STEPS = layer_pattern(
 )
 FIRST_LAYERS_DENSE = layer_pattern(
     ("first_k_dense_replace",),
-    lambda json, layer: layer >= (json.get("first_k_dense_replace") or 0),
+    lambda json, layer: layer >= json["first_k_dense_replace"],
     lambda config: {"first_k_dense_replace": config.moe_layers()[0]},
 )
 
 
 def _read_shared(json: Json) -> Fields:
-    experts = json.get("n_shared_experts")
+    experts = json["n_shared_experts"]
     if not experts:
         raise refuse("n_shared_experts", experts, "must be at least 1: the Hugging Face class has shared experts")
     return {"moe_shared_expert_intermediate_size": experts * json["moe_intermediate_size"]}
@@ -146,13 +128,13 @@ SHARED_EXPERTS = Translation(
 _SCALING = "moe_router_topk_scaling_factor"
 ROUTED_SCALING = Translation(
     ("routed_scaling_factor",),
-    lambda json: {} if json.get("routed_scaling_factor", 1.0) == 1 else {_SCALING: json["routed_scaling_factor"]},
+    lambda json: {} if json["routed_scaling_factor"] == 1 else {_SCALING: json["routed_scaling_factor"]},
     lambda config: {"routed_scaling_factor": field_value(config, _SCALING) or 1.0},
 )
 
 
 def _read_sigmoid_weights(json: Json) -> Fields:
-    renormalised, top_k = json.get("norm_topk_prob", True), json.get("num_experts_per_tok")
+    renormalised, top_k = json["norm_topk_prob"], json["num_experts_per_tok"]
     if renormalised != (top_k != 1):
         valid = "must be true, or false with one expert per token: so Megatron-Core weights sigmoid scores"
         raise refuse("norm_topk_prob", renormalised, valid)
@@ -172,11 +154,16 @@ def expert_groups(best_of_group: int, limited: Callable[[Json], bool], method: C
     """
 
     def read(json: Json) -> Fields:
-        groups, chosen = json.get("n_group") or 1, json.get("topk_group") or 1
-        if not limited(json) or chosen == groups:
+        if not limited(json):
             return {}
-        top_k = json.get("num_experts_per_tok") or 0
-        if top_k // chosen != best_of_group:
+        groups, chosen, experts = json["n_group"], json["topk_group"], json["n_routed_experts"]
+        if groups is None or experts % groups:
+            raise refuse("n_group", groups, f"must divide n_routed_experts, {experts}")
+        if chosen is None or chosen > groups:
+            raise refuse("topk_group", chosen, f"must be at most n_group, {groups}")
+        if chosen == groups:
+            return {}
+        if json["num_experts_per_tok"] // chosen != best_of_group:
             valid = f"must be such that num_experts_per_tok // topk_group is {best_of_group}: the number of scores by"
             raise refuse("topk_group", chosen, f"{valid} which Megatron-Core and this architecture both rank a group")
         return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
@@ -189,15 +176,19 @@ def expert_groups(best_of_group: int, limited: Callable[[Json], bool], method: C
     return Translation(("n_group", "topk_group", "topk_method"), read, write)
 
 
+_DEFAULT_THETA = 10_000.0
+
+
 class _Rope:
     """Rotary embeddings as config.json has them: rope_theta and rope_scaling, or, since 5, rope_parameters."""
 
     keys = ("rope_theta", "rope_scaling", "rope_parameters")
 
-    def __init__(self, json: Json, default_theta: float):
-        self.key = "rope_parameters" if json.get("rope_parameters") else "rope_scaling"
-        self.settings: Fields = dict(json.get(self.key) or {})
-        theta = self.settings.pop("rope_theta", None) or json.get("rope_theta") or default_theta
+    def __init__(self, json: Json):
+        # As transformers chooses where both are given.
+        self.key = "rope_scaling" if json["rope_scaling"] else "rope_parameters"
+        self.settings: Fields = dict(json[self.key] or {})
+        theta = self.settings.pop("rope_theta", None) or json["rope_theta"] or _DEFAULT_THETA
         if theta != int(theta):
             raise refuse(f"{self.key}: rope_theta", theta, "must be a whole number")
         self.theta = int(theta)
@@ -210,21 +201,20 @@ class _Rope:
             raise refuse(self.key, left, "cannot be expressed: remove these, or convert another model")
 
 
-def plain_rope(default_theta: float = 10_000.0) -> Translation:
-    """Rotary embeddings that nothing stretches."""
+def _read_plain_rope(json: Json) -> Fields:
+    rope = _Rope(json)
+    if rope.kind != "default":
+        raise refuse(rope.key, rope.kind, 'must be "default": Megatron-Core stretches none for this attention')
+    rope.refuse_rest()
+    return {"rotary_base": rope.theta}
 
-    def read(json: Json) -> Fields:
-        rope = _Rope(json, default_theta)
-        if rope.kind != "default":
-            raise refuse(rope.key, rope.kind, 'must be "default": Megatron-Core stretches none for this attention')
-        rope.refuse_rest()
-        return {"rotary_base": rope.theta}
 
-    def write(config: ModelConfig) -> Fields:
-        return {"rope_theta": float(config.rotary_base), "rope_scaling": None}
+def _write_plain_rope(config: ModelConfig) -> Fields:
+    return {"rope_theta": float(config.rotary_base), "rope_scaling": None}
 
-    return Translation(_Rope.keys, read, write)
 
+# Rotary embeddings that nothing stretches.
+PLAIN_ROPE = Translation(_Rope.keys, _read_plain_rope, _write_plain_rope)
 
 # Of YaRN: the key, Megatron-Core's field, and the value of both where it is not given.
 _YARN = (
@@ -236,11 +226,11 @@ _YARN = (
 
 
 def _read_latent_rope(json: Json) -> Fields:
-    rope = _Rope(json, 10_000.0)
+    rope = _Rope(json)
     fields: Fields = {"rotary_base": rope.theta, "rope_type": "yarn" if rope.kind == "yarn" else "rope"}
     if rope.kind == "yarn":
         for key, field, default in _YARN:
-            value = rope.settings.pop(key, default)
+            value = rope.settings.pop(key, None) or default
             if value is None:
                 raise refuse(f"{rope.key}: {key}", None, "must be given with yarn")
             fields[field] = value
@@ -278,7 +268,7 @@ def latent_rope(config: ModelConfig) -> Fields:
 def _write_latent_rope(config: ModelConfig) -> Fields:
     rope = latent_rope(config)
     if rope["rope_type"] != "yarn":
-        return {"rope_theta": float(config.rotary_base), "rope_scaling": None}
+        return _write_plain_rope(config)
     scaling: Fields = {"type": "yarn", "rope_type": "yarn"} | {key: rope[field] for key, field, _ in _YARN}
     if rope["mscale_all_dim"]:
         scaling |= {"mscale": rope["mscale"], "mscale_all_dim": rope["mscale_all_dim"]}
