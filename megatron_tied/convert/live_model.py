@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +28,9 @@ from megatron_tied.layers.moe_layer import TiedMoELayer, tied_layers
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.models.gpt import build_gpt_model
 from megatron_tied.topology import TieConfig
+
+# How many tokens go through a layer at once: their attention has a matrix for every head.
+_TOGETHER = 1024
 
 
 @contextmanager
@@ -57,14 +61,11 @@ def model_of(source: WeightSource) -> GPTModel:
 
 
 def model_of_one_bank(source: WeightSource) -> GPTModel:
-    """Such a model with memory for one layer's experts: `put_experts` must come before each layer's; no output layer.
+    """Such a model with memory for one layer's experts: `put_experts` must come before each layer's.
 
     All layers of `source` must have the same number of experts.
     """
-    model = _without_experts(source, TieConfig(banks=(0,) * len(source.topology.moe_layers)))
-    # What it returns is then the last layer's states.
-    model.post_process = False
-    return model
+    return _without_experts(source, TieConfig(banks=(0,) * len(source.topology.moe_layers)))
 
 
 @torch.no_grad()
@@ -102,17 +103,66 @@ def logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
     return _forward(model, tokens).float().cpu()
 
 
-def hidden_states(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
-    """[sequence, batch, hidden] of `model_of_one_bank`, whose layers come one after the other."""
-    return _forward(model, tokens)
+class Routed(NamedTuple):
+    """What one MoE layer made of all tokens: its router's inputs [tokens, hidden], and what that decided.
+
+    combine_weights, routing_map: [tokens, experts].
+    """
+
+    layer: TiedMoELayer
+    states: torch.Tensor
+    combine_weights: torch.Tensor
+    routing_map: torch.Tensor
+
+
+@torch.no_grad()
+def routed(model: GPTModel, source: WeightSource, tokens: torch.Tensor, wanted: Container[int]) -> Iterator[Routed]:
+    """Run `tokens` [sequences, length] through `model_of_one_bank(source)`; yields each MoE layer that is `wanted`.
+
+    All sequences go through a layer, a few at a time, before any goes through the next: its experts are read once, and
+    of what grows with the tokens there are only the states between layers, and those that a router is given.
+    """
+    length = tokens.shape[1]
+    mask = _causal_mask(length).to(device())
+    # Latent attention makes its own.
+    rotary = None if model.config.multi_latent_attention else model.rotary_pos_emb(length)
+    parts = [
+        model.embedding(input_ids=part.to(device()), position_ids=torch.arange(length, device=device()).expand_as(part))
+        for part in tokens.split(max(1, _TOGETHER // length))
+    ]
+    for layer in model.decoder.layers:
+        seen: list[tuple[torch.Tensor, ...]] = []
+        hooks = []
+        if isinstance(layer.mlp, TiedMoELayer):
+            put_experts(layer.mlp, source)
+            if layer.mlp.layer_index in wanted:
+                hooks.append(
+                    layer.mlp.router.register_forward_hook(
+                        lambda _, given, made, seen=seen: seen.append((*given[:1], *made))
+                    )
+                )
+        for index, part in enumerate(parts):
+            parts[index] = layer(hidden_states=part, attention_mask=mask, rotary_pos_emb=rotary)[0]
+        for hook in hooks:
+            hook.remove()
+            yield Routed(layer.mlp, *(_over_all(seen, which) for which in range(3)))
+
+
+def _over_all(seen: list[tuple[torch.Tensor, ...]], which: int) -> torch.Tensor:
+    """One of the tensors that a router saw or made, of all sequences: in the order in which it would be at once."""
+    columns = [part[which].view(*part[0].shape[:2], -1) for part in seen]
+    return torch.cat(columns, dim=1).flatten(0, 1)
 
 
 @torch.no_grad()
 def _forward(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
     length = tokens.shape[1]
-    mask = torch.ones(length, length).triu(1).bool()[None, None]
-    inputs = (tokens, torch.arange(length).expand_as(tokens), mask)
+    inputs = (tokens, torch.arange(length).expand_as(tokens), _causal_mask(length))
     return model(*(tensor.to(device()) for tensor in inputs))
+
+
+def _causal_mask(length: int) -> torch.Tensor:
+    return torch.ones(length, length).triu(1).bool()[None, None]
 
 
 def _build(config: ModelConfig, tie: TieConfig) -> GPTModel:

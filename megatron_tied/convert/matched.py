@@ -6,24 +6,31 @@ then gets, for each place, one expert that does nearly what all of them do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from megatron_tied.convert.calibration import calibration_tokens
-from megatron_tied.convert.live_model import hidden_states, model_of_one_bank, one_process, put_experts
-from megatron_tied.convert.matching import Matrices, Sample, assigned, matching_costs, merged_expert, samples_of
-from megatron_tied.convert.retied import merges
+from megatron_tied.convert.live_model import Routed, model_of_one_bank, one_process, routed
+from megatron_tied.convert.matching import (
+    Matrices,
+    Sample,
+    Samples,
+    assigned,
+    matching_costs,
+    merged_expert,
+    samples_of,
+)
+from megatron_tied.convert.memory import experts_of, outside_experts, shortage
+from megatron_tied.convert.retied import merged_dtype, merges
+from megatron_tied.convert.shards import save
 from megatron_tied.convert.sources import WeightSource
 from megatron_tied.convert.tensors import KINDS, count, expert_shape
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.layers.moe_layer import TiedMoELayer, tied_layers
 from megatron_tied.platform import device
 from megatron_tied.topology import Bank, TieTopology
 
@@ -63,33 +70,52 @@ def match(
 ) -> MatchedMerge:
     """Match and merge the experts of the tie groups of `topology` on `tokens` (`TOKENS`) of the data set `calibration`.
 
-    `longest` is the longest sequence that the model is for. Memory holds what is no expert, the experts of a tie group
-    and some states for each; merged banks go to the directory `scratch`. `say` is given a line for each layer. Raises
-    `ConfigError` for data that does not fit the model, and for weights that are not finite.
+    `longest` is the longest sequence that the model is for. Memory holds what is no expert, the experts of a tie group,
+    those of one layer in float32, and states of all tokens for two layers and of some for each layer of a group; merged
+    banks go to the directory `scratch`. `say` is given a line for each layer. Raises `ConfigError` for data that does
+    not fit the model, for weights that are not finite, and where there is less memory.
     """
     length = min(_LONGEST, longest or _LONGEST)
     text = calibration_tokens(calibration, tokens=tokens or TOKENS, length=length, vocab_size=source.config.vocab_size)
+    if lacking := shortage(_needed_memory(source, topology, text.numel())):
+        valid = f"{lacking}: take a smaller --tie-group-size or fewer --calibration-tokens, or another method"
+        raise ConfigError(Problem("--tie-method", "matched", valid))
+    matcher = _Matcher(source, topology, scratch, say)
+    merged = {layer for bank in topology.banks if merges(source, bank) for layer in bank.layers}
     with one_process(), torch.no_grad():
-        model = model_of_one_bank(source)
-        matcher = _Matcher(source, topology, scratch, say)
-        for layer in tied_layers(model):
-            layer.router.register_forward_hook(matcher.hook(layer))
-        hidden_states(model, text)
+        for decided in routed(model_of_one_bank(source), source, text, merged):
+            matcher.take(decided)
     return MatchedMerge(matcher.orders, scratch)
 
 
-def scratch_bytes(source: WeightSource, topology: TieTopology) -> int:
-    """What `match` will write to its directory."""
-    return sum(
-        count(expert_shape(source.config, topology, bank.owner, kind)) * source.expert_dtype(bank.owner, kind).itemsize
-        for bank in topology.banks
-        if merges(source, bank)
+def _needed_memory(source: WeightSource, topology: TieTopology, tokens: int) -> int:
+    state = 4 * source.config.hidden_size
+    groups = [bank for bank in topology.banks if merges(source, bank)]
+    return (
+        outside_experts(source)
+        + max(experts_of(source, layer) for layer in topology.moe_layers)
+        + max((_bank_bytes(source, bank, bank.size + 1) for bank in groups), default=0)
+        # Between layers, given to a router, and once more while they are put together.
+        + 3 * tokens * state
+        + max((bank.size for bank in groups), default=0) * min(tokens, _KEPT) * state
+    )
+
+
+def _bank_bytes(source: WeightSource, bank: Bank, copies: int = 1) -> int:
+    return copies * sum(
+        count(expert_shape(source.config, source.topology, bank.owner, kind))
+        * merged_dtype(source, bank, kind).itemsize
         for kind in KINDS
     )
 
 
+def scratch_bytes(source: WeightSource, topology: TieTopology) -> int:
+    """What `match` will write to its directory."""
+    return sum(_bank_bytes(source, bank) for bank in topology.banks if merges(source, bank))
+
+
 class _Matcher:
-    """Gives each layer its experts when its router has decided, and merges a tie group after its last layer."""
+    """Keeps samples of what layers get, and merges a tie group after its last layer."""
 
     def __init__(self, source: WeightSource, topology: TieTopology, scratch: Path, say: Callable[[str], object]):
         self.orders: dict[int, torch.Tensor] = {}
@@ -98,26 +124,16 @@ class _Matcher:
         self._scratch = scratch
         self._say = say
         self._generator = torch.Generator().manual_seed(0)
-        self._samples: dict[int, list[Sample]] = {}
+        self._samples: dict[int, Samples] = {}
 
-    def hook(self, layer: TiedMoELayer) -> Callable[..., None]:
-        """The forward hook of this layer's router."""
+    def take(self, decided: Routed) -> None:
+        """The next layer of those that are merged."""
+        layer = decided.layer
         bank = self._topology.bank(layer.layer_index)
-        is_merged = merges(self._source, bank)
-
-        def decided(
-            router: TopKRouter, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, torch.Tensor]
-        ) -> None:
-            put_experts(layer, self._source)
-            if not is_merged:
-                return
-            limit = max(1, _KEPT // layer.config.num_moe_experts)
-            states = inputs[0].flatten(0, 1)
-            self._samples[layer.layer_index] = samples_of(states, *outputs, limit, self._generator)
-            if self._samples.keys() >= set(bank.layers):
-                self._merge(bank, layer.config)
-
-        return decided
+        limit = max(1, _KEPT // layer.config.num_moe_experts)
+        self._samples[layer.layer_index] = samples_of(*decided[1:], limit, self._generator)
+        if self._samples.keys() >= set(bank.layers):
+            self._merge(bank, layer.config)
 
     def _merge(self, bank: Bank, config: TransformerConfig) -> None:
         experts = {layer: _experts(self._source, layer) for layer in bank.layers}
@@ -125,21 +141,27 @@ class _Matcher:
         for layer in bank.layers[1:]:
             order = self._order(layer, bank.owner, experts, samples[layer], config)
             experts[layer] = [experts[layer][expert] for expert in order]
-            samples[layer] = [samples[layer][expert] for expert in order]
-        merged = {kind: torch.empty_like(self._source.read_experts(bank.owner, kind)) for kind in KINDS}
+            samples[layer] = samples[layer].moved(order)
+        merged = {
+            kind: torch.empty(
+                expert_shape(self._source.config, self._source.topology, bank.owner, kind),
+                dtype=merged_dtype(self._source, bank, kind),
+            )
+            for kind in KINDS
+        }
         for place in range(config.num_moe_experts):
             meeting = [(experts[layer][place], samples[layer][place]) for layer in bank.layers]
             expert = merged_expert(*zip(*meeting, strict=True), config.activation_func)
             for kind in KINDS:
                 merged[kind][place] = expert[kind]
-        save_file(merged, _file(self._scratch, bank))
+        save(merged, _file(self._scratch, bank))
 
     def _order(
         self,
         layer: int,
         owner: int,
         experts: dict[int, list[Matrices]],
-        samples: list[Sample],
+        samples: Sequence[Sample],
         config: TransformerConfig,
     ) -> list[int]:
         """Which expert of `layer` comes to each place."""

@@ -6,6 +6,7 @@ Experts i of a layer and j of another are as far apart as their outputs are on w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -37,27 +38,47 @@ class Sample(NamedTuple):
         return Sample(self.states[:count], self.weights[:count])
 
 
+@dataclass(frozen=True)
+class Samples(Sequence[Sample]):
+    """A sample for each expert of a layer. A state that is sent to several experts is held once."""
+
+    states: torch.Tensor
+    rows: list[torch.Tensor]
+    weights: list[torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, expert: int) -> Sample:
+        return Sample(self.states[self.rows[expert]], self.weights[expert])
+
+    def moved(self, order: Sequence[int]) -> Samples:
+        """Those of the experts in another `order`."""
+        return Samples(self.states, [self.rows[expert] for expert in order], [self.weights[expert] for expert in order])
+
+
 def samples_of(
     states: torch.Tensor,
     combine_weights: torch.Tensor,
     routing_map: torch.Tensor,
     limit: int,
     generator: torch.Generator,
-) -> list[Sample]:
+) -> Samples:
     """For each expert at most `limit` of the `states` [tokens, hidden] that are sent to it, chosen at random.
 
     combine_weights, routing_map: [tokens, experts]. An expert that gets none is told by any states, weighing the same.
     """
-    samples = []
+    chosen, weights = [], []
     for expert in range(routing_map.shape[1]):
         sent = routing_map[:, expert].nonzero().flatten()
         reached = len(sent) > 0
         if not reached:
             sent = torch.arange(len(states), device=states.device)
-        chosen = sent[torch.randperm(len(sent), generator=generator)[:limit].to(sent.device)]
-        weights = combine_weights[chosen, expert].float().square()
-        samples.append(Sample(states[chosen].float(), weights if reached else torch.full_like(weights, _UNSENT_WEIGHT)))
-    return samples
+        chosen.append(sent[torch.randperm(len(sent), generator=generator)[:limit].to(sent.device)])
+        weight = combine_weights[chosen[-1], expert].float().square()
+        weights.append(weight if reached else torch.full_like(weight, _UNSENT_WEIGHT))
+    held, places = torch.cat(chosen).unique(return_inverse=True)
+    return Samples(states[held].float(), list(places.split([len(rows) for rows in chosen])), weights)
 
 
 def matching_costs(

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tied.convert.checkpoint_output import run_of, write_checkpoint
+from megatron_tied.convert.checkpoint_output import checkpoint_pieces, run_of, write_checkpoint
 from megatron_tied.convert.hf_source import HuggingFaceSource
 from megatron_tied.convert.live_model import logits, model_of, one_process
+from megatron_tied.convert.pieces import Written
 from megatron_tied.convert.retied import AverageMerge, Merge, OwnerMerge, RetiedSource
 from megatron_tied.convert.sources import CheckpointSource, WeightSource
 from megatron_tied.topology import Bank, TieConfig
@@ -108,8 +109,7 @@ def test_a_bf16_mean_is_rounded_once(tmp_path: Path) -> None:
 
 def test_a_checkpoint_holds_each_bank_once(untied: HuggingFaceSource, tmp_path: Path) -> None:
     source = tied(untied)
-    write_checkpoint(
-        source, tmp_path, run=run_of(source, tmp_path), imported=True, wanted=None, advance=lambda size: None
-    )
+    written = Written(checkpoint_pieces(source, None))
+    write_checkpoint(source, written, tmp_path, run=run_of(source, tmp_path), imported=True)
     owners = {name.split(".")[2] for name in tensors(tmp_path) if ".experts." in name}
     assert owners == {"0", "1", "4"}
