@@ -224,7 +224,7 @@ def _problems(error: ValidationError, file: str = "config.json") -> list[Problem
         place = item["loc"][: 2 if str(item["loc"][0]).startswith("rope_") else 1]
         key = ": ".join(map(str, place))
         missing = item["type"] == "missing"
-        want = "given" if missing else item["msg"].removeprefix("Input should be ")
+        want = "given" if missing else item["msg"].removeprefix("Input should be ").partition(" or instance of")[0]
         wants.setdefault(key, []).append(want)
         values.setdefault(key, None if missing else item["input"])
     return [

@@ -44,6 +44,17 @@ def resume_problems(config: RunConfig, saved: Mapping[str, Any], checkpoint: str
     return [*_data_problems(config, other, checkpoint), *_freeze_problems(config, other, checkpoint)]
 
 
+def objective_changes(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
+    """Lines on what a run learns from, where that is not as in the config `saved`, which it goes on from."""
+    ours, theirs = config.distill, parse_config(saved).distill
+    return [
+        f"warning: distill.{key} was {getattr(theirs, key)!r} and is {getattr(ours, key)!r}: losses from here on are "
+        f"of another objective"
+        for key in type(ours).model_fields
+        if getattr(ours, key) != getattr(theirs, key)
+    ]
+
+
 def _model_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> Iterator[Problem]:
     ours, theirs = config.model.model_dump(), other.model.model_dump()
     for key in sorted((ours.keys() | theirs.keys()) - TRAINING_ONLY_FIELDS):

@@ -41,7 +41,9 @@ class Distillation:
         self._differences: list[torch.Tensor] = []
         self._parts: list[torch.Tensor] = []
         self._is_forward = False
+        self._layers = 0
         for layer in tied_layers(teacher):
+            self._layers += 1
             layer.register_forward_hook(self._keep)
         for layer in tied_layers(student):
             layer.register_forward_hook(self._compare)
@@ -77,10 +79,12 @@ class Distillation:
         if not layer.training:
             return output
         hidden, bias = output
-        target = self._targets[layer.layer_index].float()
+        # The graph keeps what it needs of it. Without gradients recompute is to come, and to ask for it again.
+        get = self._targets.pop if torch.is_grad_enabled() else self._targets.get
+        target = get(layer.layer_index).float()
         difference = (hidden.float() - target).square().mean() / target.square().mean()
         if self._is_forward:
             # Not when recompute runs the layer again.
             self._differences.append(difference.detach())
-        weighted = difference * (self._settings.moe_output / len(self._targets))
+        weighted = difference * (self._settings.moe_output / self._layers)
         return MoEAuxLossAutoScaler.apply(hidden, weighted), bias

@@ -10,7 +10,12 @@ from megatron_tied.checkpoint.loader import Checkpoint, newest_sound, on_rank_0,
 from megatron_tied.checkpoint.manifest import BrokenCheckpointError
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.run_directory import CHECKPOINTS, METRICS, SUMMARY
-from megatron_tied.training.compatibility import resume_problems, same_model_problems, teacher_problems
+from megatron_tied.training.compatibility import (
+    objective_changes,
+    resume_problems,
+    same_model_problems,
+    teacher_problems,
+)
 from megatron_tied.training.config import RunConfig
 
 
@@ -114,7 +119,7 @@ def _checked(config: RunConfig, start: Start) -> Start:
     if (saved := manifest.run["train"]["steps"]) != config.train.steps:
         changed = f"warning: train.steps was {saved} and is {config.train.steps}"
         remarks.append(f"{changed}: learning rates and the order of samples are those of the new length")
-    return Start(start.checkpoint, remarks=remarks)
+    return Start(start.checkpoint, remarks=[*remarks, *objective_changes(config, manifest.run)])
 
 
 def _named(path: str, field_name: str) -> Checkpoint:

@@ -70,7 +70,9 @@ def test_a_hugging_face_tokenizer_comes_back_unchanged(tmp_path: Path, capsys: p
     retied = ("--tie-group-size", "2", "--no-verify")
     tied = convert("megatron-tied", "megatron-tied", imported, tmp_path / "tied", *retied)
     exported = tmp_path / "exported"
-    assert main(["convert", "--from", "megatron-tied", "--to", "hf", "--input", str(tied), "--output", str(exported)]) == 0
+    assert (
+        main(["convert", "--from", "megatron-tied", "--to", "hf", "--input", str(tied), "--output", str(exported)]) == 0
+    )
     names = {path.name for path in tokenizer_files(exported)}
     assert names == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     for name in (*names, "generation_config.json"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megatron_tied import TieConfig
+from megatron_tied.checkpoint.manifest import Manifest
 from megatron_tied.checkpoint.weights import WeightReader
 from megatron_tied.layers.moe_layer import tied_layers
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import load_config, parse_config
 from megatron_tied.training.distillation import Distillation
+from megatron_tied.training.resume import choose_start
 from tests.convert.hf_models import convert
 from tests.distributed.launch import launch
 from tests.engine.test_engine import FULL, selective, start
@@ -168,6 +171,27 @@ def test_evaluation_compares_with_no_teacher() -> None:
     torch.testing.assert_close(found, expected[:1])
 
 
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize("changes", [{}, FULL, selective("moe")])
+def test_what_the_teacher_said_is_not_kept(changes: dict[str, Any]) -> None:
+    copies: list[weakref.ref[Tensor]] = []
+
+    class Watched(dict[int, Tensor]):
+        def __setitem__(self, layer: int, target: Tensor) -> None:
+            copies.append(weakref.ref(target))
+            super().__setitem__(layer, target)
+
+    engine = start(build(**NO_AUX, **changes))
+    objective = Distillation(settings(), teacher_model(), engine.module)
+
+    objective._targets = Watched()
+    loss = objective(engine, batch())
+    engine.backward(loss)
+    del loss
+    assert len(copies) == 6
+    assert not any(copy() is not None for copy in copies)
+
+
 def test_what_is_frozen_depends_on_the_teacher() -> None:
     assert settings().frozen() == ("norms",)
     values = settings().model_dump(mode="json")
@@ -258,6 +282,20 @@ def test_a_recovery_that_goes_on_is_the_same_bit_for_bit(recovered: Recovered) -
     for metric in METRICS:
         expected = [line[metric] for line in read_metrics(recovered.directory / "ep2") if metric in line]
         assert series(recovered.directory / "resumed", metric) == expected[len(expected) // 2 :], metric
+
+
+@pytest.mark.usefixtures("launched")
+def test_a_recovery_that_goes_on_otherwise_is_told(recovered: Recovered, tmp_path: Path) -> None:
+    checkpoint = recovered.directory / "ep2" / "checkpoints" / "step_00000002"
+    saved = Manifest.read(checkpoint).run
+    train = saved["train"] | {"resume": str(checkpoint), "run_dir": str(tmp_path / "on")}
+    same = choose_start(parse_config(saved | {"train": train})).remarks
+    assert not any("distill" in remark for remark in same)
+    distill = saved["distill"] | {"kl": 0.5, "teacher": str(checkpoint)}
+    told = choose_start(parse_config(saved | {"train": train, "distill": distill})).remarks
+    teacher, weight = (remark for remark in told if remark.startswith("warning: distill"))
+    assert f"distill.teacher was {str(recovered.directory / 'untied')!r} and is {str(checkpoint)!r}: losses" in teacher
+    assert "distill.kl was 0.1 and is 0.5: losses" in weight
 
 
 def test_the_parts_make_the_loss(recovered: Recovered) -> None:
