@@ -17,10 +17,10 @@ from megatron_tied.topology import TieConfig
 
 _DESCRIPTION = """\
 Convert a model between a Hugging Face directory and a megatron-tied checkpoint (or a run, whose latest checkpoint is
-meant), and tie or untie its layers' experts on the way. Weights are streamed: memory holds a few tensors, not the
-model. At the end both sides' logits on random tokens are compared; --output appears when all is well, or not at all.
-hf is for stock classes and servers, with every layer's experts written out; hf-compact stores each expert bank once
-and shares it in memory, and is loaded with trust_remote_code=True.
+meant), and tie or untie its layers' experts on the way. Weights are streamed: memory holds a few tensors, with matched
+a tie group, but not the model. At the end both sides' logits on random tokens are compared; --output appears when all
+is well, or not at all. hf is for stock classes and servers, with every layer's experts written out; hf-compact stores
+each expert bank once and shares it in memory, and is loaded with trust_remote_code=True.
 """
 
 
@@ -46,7 +46,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         choices=("owner", "average", "matched"),
         default="average",
         help="a bank gets its first layer's experts; the mean of its layers' (default); or what comes nearest to all "
-        "of them on calibration text, once those that do alike have met",
+        "of them on calibration text, once those that do alike have met, for which memory must hold the experts of a "
+        "tie group and the states of the text",
     )
     tie.add_argument(
         "--calibration", type=Path, metavar="PREFIX", help="text for matched: a data set, as prepare-data makes them"

@@ -110,7 +110,8 @@ def _publish(asked: Conversion, base: _Base, source: WeightSource, pieces: _Piec
 
 
 def _tell_not_finite(asked: Conversion, names: list[str], say: _Say) -> None:
-    told = f"has numbers that are not finite, or too large for --dtype {asked.dtype}, in {some(names)}"
+    precision = "" if asked.dtype == "auto" else f", or too large for --dtype {asked.dtype}"
+    told = f"has numbers that are not finite{precision}, in {some(names)}"
     if asked.verify:
         raise ConfigError(Problem("--input", str(asked.input), f"{told}; --no-verify converts them all the same"))
     say(f"warning: {asked.input} {told}")

@@ -56,7 +56,7 @@ def weight_files(directory: Path) -> list[Path]:
         valid = f"has no {SINGLE} and no {INDEX}; weights in other formats must be saved as safetensors first"
         raise ConfigError(Problem("--input", str(directory), valid))
     names = set(_weight_map(directory).values())
-    if strangers := sorted(name for name in names if Path(name).name != name or "\0" in name):
+    if strangers := sorted(name for name in names if Path(name).name != name or name in ("", "..") or "\0" in name):
         raise ConfigError(
             Problem("--input", str(directory / INDEX), f"must name files beside it, not {strangers[0]!r}")
         )

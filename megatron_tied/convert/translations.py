@@ -157,8 +157,9 @@ def expert_groups(best_of_group: int, limited: Callable[[Json], bool], method: C
         if not limited(json):
             return {}
         groups, chosen, experts = json["n_group"], json["topk_group"], json["n_routed_experts"]
-        if groups is None or experts % groups:
-            raise refuse("n_group", groups, f"must divide n_routed_experts, {experts}")
+        if groups is None or experts % groups or experts // groups < best_of_group:
+            valid = f"must divide n_routed_experts, {experts}, into groups of at least {best_of_group}"
+            raise refuse("n_group", groups, valid)
         if chosen is None or chosen > groups:
             raise refuse("topk_group", chosen, f"must be at most n_group, {groups}")
         if chosen == groups:

@@ -68,7 +68,8 @@ def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., st
         ("deepseek_v3", "topk_group", 1, "topk_group is 2"),
         ("deepseek_v3", "rope_interleave", False, "pairs neighbouring rotary dimensions"),
         ("deepseek_v3", "n_shared_experts", None, "must be at least 1"),
-        ("deepseek_v3", "n_group", 3, "must divide n_routed_experts, 8"),
+        ("deepseek_v3", "n_group", 3, "must divide n_routed_experts, 8, into groups of at least 2"),
+        ("deepseek_v3", "n_group", 8, "into groups of at least 2"),
         ("deepseek_v3", "topk_group", 5, "must be at most n_group, 4"),
         ("deepseek_v3", "rope_parameters", {"rope_type": "yarn", "factor": 2.0}, "must be given with yarn"),
         ("deepseek_v3", "rope_parameters", {"rope_type": "llama3", "factor": 2.0}, 'must be "default" or "yarn"'),
@@ -209,11 +210,11 @@ def test_ties_that_do_not_fit(
 def test_what_computes_something_else_is_not_published(
     originals: Path, told: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damaged(source: Any, staging: Path, **options: Any) -> None:
+    def damaged(source: Any, *arguments: Any, **options: Any) -> None:
         entry = "decoder.layers.3.self_attention.linear_qkv.weight"
         read = source.read
         source.read = lambda name: read(name).flip(0) if name == entry else read(name)
-        write(source, staging, **options)
+        write(source, *arguments, **options)
 
     write = conversion.write_checkpoint
     monkeypatch.setattr(conversion, "write_checkpoint", damaged)
@@ -239,7 +240,7 @@ def test_a_failure_in_the_middle_leaves_nothing(
 def test_too_large_for_the_check_is_told(
     originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("megatron_tied.convert.self_check._available_memory", lambda: 1_000_000)
+    monkeypatch.setattr("megatron_tied.convert.memory._available_memory", lambda: 1_000_000)
     convert("hf", "megatron-tied", originals / "olmoe", tmp_path / "out")
     assert "the result will not be checked: it needs some 0.0 GB of memory" in capsys.readouterr().out
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import OlmoeForCausalLM
 
 from megatron_tied.cli.main import main
 from megatron_tied.convert.checkpoint_output import checkpoint_pieces
@@ -72,7 +73,7 @@ def test_a_tensor_in_two_files_is_refused(olmoe: Path) -> None:
         ),
         (lambda names: names.update(a=3), "weight_map must give a file's name"),
         (lambda names: names.update(a="x\0y"), "must name files beside it, not 'x"),
-        (lambda names: names.update(a=".."), "lacks .., which its index names"),
+        (lambda names: names.update(a=".."), "must name files beside it, not '..'"),
     ],
 )
 def test_an_index_that_is_wrong_is_refused(change: Callable[[dict[str, Any]], Any], message: str, olmoe: Path) -> None:
@@ -183,12 +184,18 @@ def test_the_check_reads_what_the_file_says_with_other_eyes(olmoe: Path, monkeyp
     assert torch.equal(logits(hugging_face_model(olmoe), some_tokens()), theirs)
 
 
-def test_what_transformers_refuses_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its router takes the two best of a group, and here a group has one expert."""
-    directory = with_keys(save("deepseek_v3", tmp_path / "model"), n_group=8, topk_group=8)
-    arguments = ["convert", "--from", "hf", "--to", "megatron-tied", "--input", str(directory)]
+@pytest.mark.parametrize("step", ["from_pretrained", "forward"])
+def test_what_transformers_refuses_is_told(
+    step: str, olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusing(*arguments: object, **options: object) -> None:
+        raise RuntimeError("index out\nof range")
+
+    monkeypatch.setattr(OlmoeForCausalLM, step, refusing)
+    arguments = ["convert", "--from", "hf", "--to", "megatron-tied", "--input", str(olmoe)]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
-    assert "cannot be checked, since transformers refuses it: RuntimeError" in capsys.readouterr().err
+    told = f"{olmoe} cannot be checked, since transformers refuses it: RuntimeError: index out of range"
+    assert told in capsys.readouterr().err
     assert main([*arguments, "--output", str(tmp_path / "out"), "--no-verify"]) == 0
 
 
@@ -204,8 +211,11 @@ def test_numbers_that_are_not_finite_are_told_by_name(
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     names = "decoder.final_layernorm.weight, decoder.layers.2.mlp.experts.up"
-    assert f"has numbers that are not finite, or too large for --dtype auto, in {names}; --no-verify" in told
+    assert f"has numbers that are not finite, in {names}; --no-verify" in told
     assert not (tmp_path / "out").exists()
+    rounded = [*arguments, "--output", str(tmp_path / "out"), "--dtype", "fp16"]
+    assert main(rounded) == 2
+    assert "not finite, or too large for --dtype fp16, in decoder" in capsys.readouterr().err
     out = convert("hf", "hf", olmoe, tmp_path / "out", "--no-verify")
     assert "warning: " in (said := capsys.readouterr().out)
     assert "in model.norm.weight, model.layers.2.mlp.experts.1.up_proj.weight" in said

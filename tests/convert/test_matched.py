@@ -11,11 +11,13 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from megatron_tied.cli.main import main
+from megatron_tied.convert import live_model
 from megatron_tied.convert.calibration import calibration_tokens
 from megatron_tied.convert.hf_source import HuggingFaceSource
 from megatron_tied.convert.matched import match
 from megatron_tied.convert.sources import CheckpointSource
 from megatron_tied.errors import ConfigError
+from megatron_tied.layers.moe_layer import tied_layers
 from megatron_tied.topology import TieConfig
 from tests.convert.hf_models import VOCABULARY, convert, load, logits, save, some_tokens, tiny
 from tests.training.runs import Corpus
@@ -141,6 +143,50 @@ def test_the_disk_must_hold_merged_banks_beside_the_result(
     plain, matched = needed
     # Two banks of 8 experts with three matrices of 32 by 64 numbers.
     assert matched - plain == 2 * 8 * 3 * 32 * 64 * 4
+
+
+def test_text_goes_through_each_layer_in_parts_with_its_experts_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = HuggingFaceSource(save("deepseek_v3", tmp_path / "model"))
+    tokens = torch.randint(VOCABULARY, (6, 20), generator=torch.Generator().manual_seed(0))
+    expected: dict[int, tuple[torch.Tensor, ...]] = {}
+    read: list[int] = []
+    put, sizes = live_model.put_experts, set()
+    with live_model.one_process():
+        model = live_model.model_of(source)
+        for layer in tied_layers(model):
+            layer.router.register_forward_hook(
+                lambda _, given, made, at=layer.layer_index: expected.update({at: (given[0].flatten(0, 1), *made)})
+            )
+        live_model.logits(model, tokens)
+        monkeypatch.setattr(live_model, "_TOGETHER", 50)
+        monkeypatch.setattr(
+            live_model, "put_experts", lambda layer, *rest: [read.append(layer.layer_index), put(layer, *rest)]
+        )
+        model = live_model.model_of_one_bank(source)
+        for layer in tied_layers(model):
+            layer.register_forward_pre_hook(lambda _, given: sizes.add(given[0].shape[1]))
+        found = {at.layer.layer_index: at[1:] for at in live_model.routed(model, source, tokens, (2, 3, 5))}
+    assert read == [1, 2, 3, 4, 5]
+    assert sizes == {2}
+    assert found.keys() == {2, 3, 5}
+    for layer, made in found.items():
+        for own, theirs in zip(made, expected[layer], strict=True):
+            torch.testing.assert_close(own, theirs)
+
+
+def test_too_little_memory_is_told_before_the_model_is_built(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megatron_tied.convert.memory._available_memory", lambda: 1_000_000)
+    model = save("olmoe", tmp_path / "model")
+    arguments = ["convert", "--from", "hf", "--to", "megatron-tied", "--input", str(model)]
+    arguments += ["--output", str(tmp_path / "out"), "--tie-group-size", "2"]
+    assert main([*arguments, "--tie-method", "matched", "--calibration", str(text)]) == 2
+    told = capsys.readouterr().err
+    assert "--tie-method = 'matched': it needs some 0.0 GB of memory and 0.0 GB are available: take a smaller" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_calibration_text_is_spread_over_the_data(tmp_path: Path) -> None:

@@ -85,7 +85,12 @@ def test_samples_are_what_is_sent_to_an_expert() -> None:
     weights = torch.zeros(20, 3)
     weights[:8, 0], weights[4:6, 1] = 0.5, 0.25
     generator = torch.Generator().manual_seed(0)
-    first, second, none = samples_of(states, weights, weights > 0, 5, generator)
+    samples = samples_of(states, weights, weights > 0, 5, generator)
+    first, second, none = samples
+    # Each is held once, however many experts get it.
+    assert len(samples.states.unique(dim=0)) == len(samples.states)
+    assert len(samples.states) < sum(map(len, samples.rows))
+    assert torch.equal(samples.moved([2, 0, 1])[1].states, first.states)
     assert len(first.states) == 5
     assert set(first.states[:, 0].tolist()) < set(states[:8, 0].tolist())
     assert set(first.weights.tolist()) == {0.25}
