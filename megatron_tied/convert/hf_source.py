@@ -57,10 +57,6 @@ class HuggingFaceSource:
         """Whether each bank's experts are stored once, under the bank's first layer."""
         return self.json["model_type"].startswith(COMPACT_PREFIX)
 
-    def names(self) -> list[str]:
-        """See `WeightSource`."""
-        return list(self._entries)
-
     def dtype(self, name: str) -> torch.dtype:
         """See `WeightSource`."""
         return self._dtype_of(self._entries[name].theirs)

@@ -89,10 +89,6 @@ class RetiedSource:
         self.merge = merge
         _check_expert_counts(base, topology)
 
-    def names(self) -> list[str]:
-        """See `WeightSource`."""
-        return self.base.names()
-
     def dtype(self, name: str) -> torch.dtype:
         """See `WeightSource`."""
         return self.base.dtype(name)

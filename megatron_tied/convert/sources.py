@@ -25,11 +25,8 @@ class WeightSource(Protocol):
     config: ModelConfig
     topology: TieTopology
 
-    def names(self) -> list[str]:
-        """Every tensor outside the routed experts."""
-
     def dtype(self, name: str) -> torch.dtype:
-        """The precision in which `name` is stored."""
+        """The precision in which `name`, a tensor outside the routed experts, is stored."""
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`."""
@@ -69,10 +66,6 @@ class CheckpointSource:
     def manifest(self) -> Manifest:
         """What its manifest says."""
         return self._reader.manifest
-
-    def names(self) -> list[str]:
-        """See `WeightSource`."""
-        return list(self._states)
 
     def dtype(self, name: str) -> torch.dtype:
         """See `WeightSource`."""

@@ -69,7 +69,7 @@ def test_a_layer_whose_experts_and_router_are_permuted_computes_the_same(untied:
     class Third:
         """Layer 3 as it was: it is layer 2 that must not have changed."""
 
-        config, topology, names = source.config, source.topology, source.names
+        config, topology = source.config, source.topology
 
         def read(self, name: str) -> torch.Tensor:
             return source.read(name)
