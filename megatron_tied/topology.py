@@ -15,6 +15,10 @@ from typing import Any, ClassVar, Literal
 
 from megatron_tied.errors import ConfigError, Problem
 
+# From so many tokens per expert and layer on, the products of a weight gradient take so long that reading and writing
+# it once, in place of once per layer, saves nothing (examples/benchmarks/weight_gradient.md).
+FUSED_BELOW = 256
+
 
 def _is_int(value: object, minimum: float = -math.inf) -> bool:
     # bool is an int to Python, but `group_size: yes` in a config file is a mistake.
@@ -33,6 +37,9 @@ class TieConfig:
     num_tied_experts: experts of a tied bank and of its routers (width expansion); None: as untied layers.
     lr_divisor: what the learning rate of a tied bank is divided by: the square root of its number of layers
         ("sqrt"), that number itself ("linear"), 1 ("none"), or the number given.
+    weight_gradient: "immediate" multiplies each layer's part of a tied bank's weight gradient when backward is there;
+        "fused" keeps what goes into it until the owner's backward, and multiplies all of it at once, which reads
+        and writes the gradient once; "auto" fuses where an expert gets fewer than `FUSED_BELOW` tokens a layer.
     pipeline: with pipeline stages, "align" has every tie group lie inside one model chunk; "allreduce" keeps a
         copy of a bank in every chunk that uses it and sums their gradients.
     """
@@ -48,6 +55,7 @@ class TieConfig:
     banks: Sequence[int] | None = None
     num_tied_experts: int | None = None
     lr_divisor: Literal["sqrt", "linear", "none"] | float = "sqrt"
+    weight_gradient: Literal["auto", "fused", "immediate"] = "auto"
     pipeline: Literal["align", "allreduce"] = "align"
 
     def __post_init__(self) -> None:
@@ -80,6 +88,11 @@ class TieConfig:
                 "lr_divisor",
                 self.lr_divisor in ("sqrt", "linear", "none") or self._has_numeric_divisor(),
                 'must be "sqrt", "linear", "none" or a number > 0',
+            ),
+            (
+                "weight_gradient",
+                self.weight_gradient in ("auto", "fused", "immediate"),
+                'must be "auto", "fused" or "immediate"',
             ),
             ("pipeline", self.pipeline in ("align", "allreduce"), 'must be "align" or "allreduce"'),
         )
@@ -183,6 +196,11 @@ class TieTopology:
         if rule == "sqrt":
             return math.sqrt(bank.size)
         return float(bank.size if rule == "linear" else rule)
+
+    def fuses_weight_gradient(self, bank: Bank, tokens_per_expert: float) -> bool:
+        """Whether a layer of `bank` that sends so many tokens to an expert leaves its weight gradient to the owner."""
+        how = self.tie.weight_gradient
+        return bank.is_tied and (how == "fused" or (how == "auto" and tokens_per_expert < FUSED_BELOW))
 
     def num_experts(self, where: Bank | int, base: int) -> int:
         """The experts of a bank, or of the bank a layer uses, in a model with `base` experts per layer."""

@@ -121,6 +121,7 @@ def test_describe():
         ("lr_divisor", math.inf),
         ("lr_divisor", True),
         ("lr_divisor", "cube"),
+        ("weight_gradient", "eager"),
     ],
 )
 def test_problems_name_the_field(field, value):

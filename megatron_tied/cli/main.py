@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from megatron_tied.cli import checkpoint, convert, doctor, patch, plan, prepare_data, run_report, supervise
+from megatron_tied.cli import bench, checkpoint, convert, doctor, patch, plan, prepare_data, run_report, supervise
 from megatron_tied.cli.report import BAD_INPUT, report
 from megatron_tied.errors import ConfigError
 
-_COMMANDS = (prepare_data, plan, patch, convert, checkpoint, run_report, doctor, supervise)
+_COMMANDS = (prepare_data, plan, patch, convert, checkpoint, run_report, bench, doctor, supervise)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -41,9 +41,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--gpu-memory", type=_positive, metavar="GB", help="memory per rank, 10^9 bytes; default: the hardware's"
     )
     parser.add_argument("--imbalance", type=_at_least_one, help="tokens of the busiest rank over the mean")
-    parser.add_argument(
-        "--weight-gradient", choices=("immediate", "fused"), help="fused keeps inputs for one product a bank"
-    )
     parser.add_argument("--search", action="store_true", help="try EP, ZeRO, micro-batch, group size and recompute")
     parser.add_argument("--group-sizes", default=_GROUP_SIZES, type=_counts, metavar="1,2,4", help="to search")
     parser.add_argument("--top", type=_count, default=10, help="how many layouts of a search are shown")
@@ -58,7 +55,7 @@ def _plan(args: argparse.Namespace) -> int:
         hardware = hardware.model_copy(update={"memory_gb": args.gpu_memory})
     config = _config(args)
     planned_only = remarks(config, args.world_size)
-    assumed = {"imbalance": args.imbalance, "weight_gradient": args.weight_gradient}
+    assumed = {"imbalance": args.imbalance}
     layout = planned_layout(config, args.world_size, **{key: value for key, value in assumed.items() if value})
     subject = planned_subject(config, hardware)
     out = console()

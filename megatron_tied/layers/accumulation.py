@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_tied.layers.weight_gradient import Site, add_gradient_of, gradient_of, gradient_of_all
+
 
 class UseSites:
     """Counts, in every backward pass, the layers that have reached a weight which `use_sites` layers use once each.
@@ -53,31 +55,43 @@ class UseSites:
 class SharedGradient(UseSites):
     """The gradient of one weight, summed over its use sites here rather than by autograd.
 
-    `on_add(arrived, gradient)` is called, if set, with each use site's part and how many came before it.
+    A use site for whose tokens per expert `fuses` says True is kept for the last one, and is then multiplied together
+    with the others. `on_add(arrived, gradient)` is called, if set, with each use site's part and how many came before.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.fuses: Callable[[float], bool] = lambda tokens_per_expert: False
         self.on_add: Callable[[int, torch.Tensor], None] | None = None
         self._sum: torch.Tensor | None = None
+        self._kept: list[Site] = []
 
-    def add(self, gradient: torch.Tensor) -> torch.Tensor | None:
-        """Add one use site's gradient; returns the sum at the last use site, else None.
+    def add(self, site: Site) -> torch.Tensor | None:
+        """Add what one use site gives; returns the whole gradient, of the weight's shape, at the last one, else None.
 
-        `gradient` has the weight's shape and dtype and belongs to this object from now on.
+        The tensors of `site` must not change until then.
         """
         if self.on_add is not None:
-            self.on_add(self.arrived, gradient)
-        total = self._sum = gradient if self._sum is None else self._sum.add_(gradient)
-        if not self.arrive():
-            return None
-        self._sum = None
-        return total
+            self.on_add(self.arrived, gradient_of(site))
+        if self.fuses(site.tokens_per_expert):
+            self._kept.append(site)
+        elif self._sum is None:
+            self._sum = gradient_of(site)
+        else:
+            add_gradient_of(site, self._sum)
+        return self._take() if self.arrive() else None
+
+    def _take(self) -> torch.Tensor:
+        total, kept = self._sum, self._kept
+        self._sum, self._kept = None, []
+        if total is None:
+            return gradient_of_all(kept)
+        return total.add_(gradient_of_all(kept)) if kept else total
 
     def reset(self) -> None:
         """Forget what an aborted backward pass left behind."""
         super().reset()
-        self._sum = None
+        self._sum, self._kept = None, []
 
 
 class MarkUseSite:
@@ -129,5 +143,5 @@ class GroupedLinear(torch.autograd.Function):
         dx = torch.nn.functional.grouped_mm(dy, weight, offs=offsets) if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[1]:
-            dw = ctx.shared.add(torch.nn.functional.grouped_mm(dy.t(), x, offs=offsets))
+            dw = ctx.shared.add(Site(x, dy, offsets))
         return dx, dw, None, None

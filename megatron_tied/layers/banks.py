@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from megatron_tied.layers.accumulation import MarkUseSite, UseSites
@@ -37,6 +39,7 @@ class ExpertBanks:
             experts.share_gradients_of(owner)
             for shared in experts.shared_gradients().values():
                 shared.use_sites += 1
+                shared.fuses = partial(self.topology.fuses_weight_gradient, bank)
         else:
             self._sites[bank.index].use_sites += 1
             experts.register_forward_hook(MarkUseSite(self._sites[bank.index]))

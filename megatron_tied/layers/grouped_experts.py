@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.layers.accumulation import GroupedLinear, SharedGradient
+from megatron_tied.layers.swiglu import weighted_swiglu
 
 _UNSUPPORTED = (
     "add_bias_linear",
@@ -126,6 +127,8 @@ class GroupedExperts(MegatronModule):
 
     def _activation(self, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         activation = self.config.activation_func
+        if self.config.gated_linear_unit and activation is torch.nn.functional.silu:
+            return weighted_swiglu(hidden, probs)
         if self.config.gated_linear_unit:
             gate, up = hidden.chunk(2, dim=-1)
             activated = activation(gate) * up

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.layers.backends import has_known_matrices
 from megatron_tied.layers.banks import ExpertBanks, describe, is_tied, tie
+from megatron_tied.layers.dispatcher import AllToAllDispatcher
 from megatron_tied.layers.initialization import initialize_experts
 from megatron_tied.topology import Bank
 
@@ -67,6 +68,7 @@ class TiedMoELayer(MoELayer):
         self.topology = banks.topology
         # In a tuple, so that the owner's module is not registered a second time under this layer.
         self._owner = (banks.attach(layer_index, self.experts),)
+        AllToAllDispatcher.adopt(self.token_dispatcher)
 
     @property
     def bank(self) -> Bank:

@@ -17,6 +17,7 @@ from megatron_tied.layers.attention import ClippedSelfAttention, ProjectionRMSNo
 from megatron_tied.layers.backends import experts_spec
 from megatron_tied.layers.banks import ExpertBanks
 from megatron_tied.layers.core_attention import ScaledDotProductAttention
+from megatron_tied.layers.core_attention import unsupported_options as attention_options
 from megatron_tied.layers.grouped_experts import unsupported_options
 from megatron_tied.layers.latent_attention import LatentSelfAttention
 from megatron_tied.layers.moe_layer import TiedMoELayer
@@ -52,8 +53,8 @@ def tied_decoder_block_spec(
     )
     tie_layer_specs(block, config, topology, vp_stage=vp_stage, experts=experts_spec(expert_backend))
     _allow_sequence_parallel_norms(block)
-    if config.multi_latent_attention and not use_te:
-        _use_own_latent_attention(block)
+    if not use_te:
+        _use_own_attention(block, config)
     return block
 
 
@@ -102,12 +103,14 @@ def _allow_sequence_parallel_norms(block: TransformerBlockSubmodules) -> None:
                 setattr(part, name, TorchNorm)
 
 
-def _use_own_latent_attention(block: TransformerBlockSubmodules) -> None:
+def _use_own_attention(block: TransformerBlockSubmodules, config: TransformerConfig) -> None:
     for layer in block.layer_specs:
         attention = layer.submodules.self_attention
-        attention.module = LatentSelfAttention
-        # Upstream's wants values as wide as keys.
-        attention.submodules.core_attention = ScaledDotProductAttention
+        if config.multi_latent_attention:
+            attention.module = LatentSelfAttention
+        # Upstream's keeps every score, and wants values as wide as keys.
+        if config.multi_latent_attention or not attention_options(config):
+            attention.submodules.core_attention = ScaledDotProductAttention
 
 
 def use_projection_norm(block: TransformerBlockSubmodules, heads: int, query_groups: int) -> None:

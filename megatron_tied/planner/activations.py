@@ -131,8 +131,7 @@ def layer_activations(
         "router": _router(model, layout, experts),
         "dispatched tokens": routed * (model.hidden_size * width + _INT64),
         "expert hidden": routed * fc1_rows * width,
-        # Of a gated activation: the activated gate, its product with the other half, that times the probability.
-        "expert activations": routed * ffn * (3 if model.gated_linear_unit else 2) * width,
+        "expert activations": routed * ffn * _expert_activations(model) * width,
     }
     if shared := model.moe_shared_expert_intermediate_size:
         saved["shared experts"] = _mlp_saved(model, kernels) * tokens * shared * width
@@ -155,15 +154,14 @@ def _attention(model: ModelConfig, layout: Layout, kernels: Kernels) -> dict[str
     # Sequence parallel outside of attention, cut by heads inside: the same product.
     width, tokens, sizes = layout.width, layout.tokens, attention_widths(model)
     heads = model.num_attention_heads
-    numbers = sizes.query + (sizes.key if kernels.fused_attention else sizes.query) + sizes.output
+    # Flash attention has no kernel for values of another width on a host without Transformer Engine.
+    is_fused = kernels.fused_attention or not is_latent(model)
+    numbers = sizes.query + (sizes.key if is_fused else sizes.query) + sizes.output
     extra, whole_is_kept = _before_attention(model, layout, kernels)
-    if kernels.fused_attention or model.num_query_groups == heads or is_latent(model):
-        # The value is a view of what came out of the projection, and keeps all of it.
-        numbers += 0 if whole_is_kept else _projected(model, sizes)
-    else:
-        numbers += sizes.output
+    # The value is a view of what came out of the projection, and keeps all of it.
+    numbers += 0 if whole_is_kept else _projected(model, sizes)
     saved = tokens * numbers * width + extra
-    if kernels.fused_attention:
+    if is_fused:
         return {"attention": saved, "attention scores": tokens * heads * _FP32}
     # Softmax in fp32, and a copy of it in the width of the values.
     per_score = _FP32 if layout.precision == "fp32" else _FP32 + width
@@ -203,6 +201,17 @@ def _router(model: ModelConfig, layout: Layout, experts: int) -> int:
     """Softmax for the auxiliary loss, probabilities and map by expert, chosen experts and where tokens went."""
     chosen = model.moe_router_topk * (2 * _INT64 + _FP32)
     return layout.tokens * (experts * (_FP32 + layout.width + 1) + chosen)
+
+
+def _expert_activations(model: ModelConfig) -> int:
+    """Numbers per hidden unit that an expert's activation saves beside its input.
+
+    Its output, which the second product keeps. What `layers.swiglu` does not know keeps the activated gate and its
+    product with the other half, too.
+    """
+    if not model.gated_linear_unit:
+        return 2
+    return 1 if model.activation == "silu" else 3
 
 
 def _mlp_saved(model: ModelConfig, kernels: Kernels) -> int:

@@ -72,8 +72,7 @@ class Layout:
 
     Expert parallel groups are runs of neighbouring ranks, tensor parallel groups too; experts are whole on every
     tensor parallel rank. frozen: kinds of parameters that are not trained. overlap_comm None: DeepSpeed's default.
-    imbalance: tokens of the busiest expert parallel rank over the mean. weight_gradient: `immediate` adds each use
-    site's gradient to its bank's; `fused` keeps the inputs of all of them for one product.
+    imbalance: tokens of the busiest expert parallel rank over the mean.
     """
 
     world_size: int
@@ -99,7 +98,6 @@ class Layout:
     max_reuse_distance: int | None = None
     sub_group_size: int = 1_000_000_000
     imbalance: float = 1.25
-    weight_gradient: Literal["immediate", "fused"] = "immediate"
 
     @property
     def data_parallel(self) -> int:

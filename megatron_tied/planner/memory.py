@@ -13,12 +13,13 @@ from megatron_tied.planner.activations import (
     layer_activations,
     loss_activations,
     recomputed,
+    routed_tokens,
 )
 from megatron_tied.planner.layout import Layout
 from megatron_tied.planner.sharding import local_size
 from megatron_tied.planner.states import ModelStates, model_states
 from megatron_tied.planner.tensors import bank_tensors
-from megatron_tied.topology import TieTopology
+from megatron_tied.topology import Bank, TieTopology
 
 _FP32 = 4
 
@@ -157,7 +158,7 @@ class _Stage:
             # The loss's own go when the last layer's backward begins.
             saved -= self.loss.saved if self.is_last and layer == self.layers[-1] else 0
             bank = self.topology.bank_of_layer[layer]
-            if layout.weight_gradient == "fused" and bank is not None and self.topology.banks[bank].is_tied:
+            if bank is not None and self._fuses(self.topology.banks[bank]):
                 waiting[bank] = waiting.get(bank, 0) + one.weight_gradient_inputs
             again = recomputed(self.activations, layer, recompute, total)
             now = below + saved + gradients + again + one.backward + sum(waiting.values()) + self._fresh(layer)
@@ -166,6 +167,10 @@ class _Stage:
             if bank is not None and layer == self.topology.banks[bank].owner:
                 waiting.pop(bank, None)
         return highest
+
+    def _fuses(self, bank: Bank) -> bool:
+        experts = self.topology.num_experts(bank, self.model.num_moe_experts) // self.layout.expert_parallel
+        return self.topology.fuses_weight_gradient(bank, routed_tokens(self.model, self.layout) / experts)
 
     def _kept(self, layer: int) -> int:
         recompute = self.layout.recompute
@@ -181,18 +186,23 @@ class _Stage:
         bank = self.topology.bank_of_layer[layer]
         if bank is None:
             return 0
-        tied = self.topology.banks[bank].is_tied
+        collects = self.topology.banks[bank].is_tied
+        if self._fuses(self.topology.banks[bank]):
+            # The whole gradient is made once, at the owner, as an untied layer's is.
+            collects = False
+            if not self.topology.is_owner(layer):
+                return 0
         grows = layout.zero_stage < 2 and layout.accumulation == 1
         # The largest of a bank's products; the others are made after it has been added or reduced.
         experts = self.topology.num_experts(layer, self.model.num_moe_experts)
         weights = bank_tensors(self.model, self.topology.banks[bank], experts)
-        product = 0 if grows and not tied else max(local_size(tensor, layout) for tensor in weights)
+        product = 0 if grows and not collects else max(local_size(tensor, layout) for tensor in weights)
         # The sum over the uses so far.
-        collected = states.banks[bank] if tied and not grows else 0
+        collected = states.banks[bank] if collects and not grows else 0
         if layout.zero_stage < 2 or layout.expert_data_parallel == 1:
             return (product + collected) * layout.width
         # What is reduced is made flat first: of a tied bank that is its sum, when the last product has gone into it.
-        made = product if tied else 2 * product
+        made = product if collects else 2 * product
         # At stage 3 what is gathered has come in one flat piece.
         fetched = states.banks[bank] if layout.zero_stage == 3 else 0
         return (max(made, fetched) + collected) * layout.width

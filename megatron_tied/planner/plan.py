@@ -78,7 +78,6 @@ def _what_states_depend_on(layout: Layout) -> Layout:
         global_batch_size=layout.data_parallel * min(layout.accumulation, 2),
         recompute=Recompute(),
         imbalance=1.0,
-        weight_gradient="immediate",
     )
 
 
@@ -143,7 +142,6 @@ class Plan:
                 "optimizer": layout.optimizer,
                 "offload_optimizer": layout.offload_optimizer,
                 "offload_parameters": layout.offload_parameters,
-                "weight_gradient": layout.weight_gradient,
             },
             "parameters": {
                 "total": self.parameters.total,

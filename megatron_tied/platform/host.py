@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from functools import cache
 
@@ -10,6 +11,10 @@ import torch
 from megatron_tied.platform import no_transformer_engine
 from megatron_tied.platform.quiet import silence_third_parties
 from megatron_tied.platform.versions import check_versions
+
+# Parameters of the C library's mallopt.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGEST_BLOCK = 1 << 30
 
 
 def device() -> torch.device:
@@ -34,6 +39,19 @@ def prepare() -> None:
         cpu.install_shims()
     if no_transformer_engine.is_needed():
         no_transformer_engine.install_shims()
+
+
+def reuse_large_blocks() -> None:
+    """On a CPU host, have large tensors take memory that this process has used before.
+
+    The C library gives blocks of more than 32 MB back when they are freed, and asks for new ones, whose every page the
+    system fills with zeros: a bank's gradient then takes longer to come by than to compute
+    (examples/benchmarks/weight_gradient.md).
+    """
+    library = ctypes.CDLL(None)
+    if not torch.cuda.is_available() and hasattr(library, "mallopt"):
+        library.mallopt(_MMAP_THRESHOLD, _LARGEST_BLOCK)
+        library.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_BLOCK - 1)
 
 
 def ranks_on_this_host() -> int:

@@ -36,7 +36,7 @@ class Distillation:
     def __init__(self, config: RunConfig, teacher: GPTModel, student: torch.nn.Module):
         self._settings = config.distill
         self._teacher = teacher
-        self._cross_entropy = LossFunction(config.train.seq_length, device())
+        self._cross_entropy = LossFunction(device())
         self._targets: dict[int, torch.Tensor] = {}
         self._differences: list[torch.Tensor] = []
         self._parts: list[torch.Tensor] = []
@@ -51,7 +51,7 @@ class Distillation:
     def __call__(self, engine: TiedMoEEngine, batch: Batch) -> torch.Tensor:
         """A scalar that `engine.backward` takes; its value, not its gradient, has the difference of MoE outputs."""
         inputs = self._cross_entropy.inputs(batch)
-        places = inputs.tokens, inputs.position_ids, self._cross_entropy.mask
+        places = inputs.tokens, inputs.position_ids, None
         with torch.no_grad():
             taught = self._teacher(*places).float().log_softmax(-1)
         self._is_forward = True

@@ -29,15 +29,13 @@ class Inputs(NamedTuple):
 class LossFunction:
     """Mean cross entropy per token of one micro-batch [b, s], through the engine."""
 
-    def __init__(self, seq_length: int, device: torch.device):
+    def __init__(self, device: torch.device):
         self._device = device
-        # Megatron-Core makes this mask itself only on CUDA; True: may not attend. [1, 1, s, s]
-        self.mask = torch.ones(seq_length, seq_length, dtype=torch.bool, device=device).triu(1)[None, None]
 
     def __call__(self, engine: TiedMoEEngine, batch: Batch) -> torch.Tensor:
         """A scalar that `engine.backward` takes."""
         inputs = self.inputs(batch)
-        return inputs.mean(engine(inputs.tokens, inputs.position_ids, self.mask, labels=inputs.labels).float())
+        return inputs.mean(engine(inputs.tokens, inputs.position_ids, None, labels=inputs.labels).float())
 
     def inputs(self, batch: Batch) -> Inputs:
         """The parts of `batch`, on the device."""

@@ -52,7 +52,7 @@ def train(
     The objective is that of `distillation`, if given; held-out losses are cross entropies.
     """
     settings = config.train
-    loss_function = LossFunction(settings.seq_length, device())
+    loss_function = LossFunction(device())
     objective = distillation or loss_function
     window = Window(config, engine, monitoring.constants, monitoring.step_time)
     latest: dict[str, Any] = {}

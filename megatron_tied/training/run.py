@@ -28,6 +28,7 @@ from megatron_tied.training.freezing import freeze
 from megatron_tied.training.liveness import Liveness
 from megatron_tied.training.loop import train
 from megatron_tied.training.monitoring import Monitoring
+from megatron_tied.training.optimizer import adamw
 from megatron_tied.training.plan_check import PlanCheck
 from megatron_tied.training.resume import Start
 from megatron_tied.training.schedule import lr_schedule
@@ -156,7 +157,7 @@ def build_engine(config: RunConfig) -> tuple[TiedMoEEngine, Layout, dict[str, in
     freeze(model, config.frozen())
     layout = model_layout(model, zero_stage=ds_config["zero_optimization"]["stage"])
     groups = parameter_groups(model, lr=settings.lr, weight_decay=settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    optimizer = adamw(groups, settings)
     schedule = lr_schedule(optimizer, config.train.steps, settings)
     engine, *_ = initialize(model, ds_config, optimizer=optimizer, lr_scheduler=schedule)
     return engine, layout, figures

@@ -19,7 +19,7 @@ from megatron_tied.exchange import Json, gather_json
 from megatron_tied.files import write_whole
 from megatron_tied.models.gpt import transformer_config
 from megatron_tied.monitor.wandb import wandb_problem
-from megatron_tied.platform.host import ranks_on_this_host, share_host_threads
+from megatron_tied.platform.host import ranks_on_this_host, reuse_large_blocks, share_host_threads
 from megatron_tied.platform.quiet import quiet_deepspeed
 from megatron_tied.run_directory import CONFIG
 from megatron_tied.training.config import RunConfig
@@ -36,6 +36,7 @@ def join_processes() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     share_host_threads(ranks_on_this_host())
+    reuse_large_blocks()
     quiet_deepspeed(int(os.environ["RANK"]))
     start_distributed()
 

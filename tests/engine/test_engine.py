@@ -262,15 +262,17 @@ def test_options_that_would_untie_or_lose_gradients_are_refused(changes, field):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_half_precision_keeps_router_losses_and_language_loss_in_proportion(stage, precision):
     fields = {"moe_aux_loss_coeff": 1.0}
+    # With most other tokens some router chooses another expert when it rounds.
+    batch = inputs(seed=7)
     model = build(**fields)
-    loss(model, inputs()).backward()
+    loss(model, batch).backward()
     options = {"enabled": True, **({"initial_scale_power": 6} if precision == "fp16" else {})}
     engine = start(build(precision=precision, **fields), stage=stage, **{precision: options})
-    found = accumulated(engine, [inputs()])
+    found = accumulated(engine, [batch])
     scale = 64 if precision == "fp16" else 1
     for name in ("decoder.layers.2.mlp.router.weight", "decoder.layers.1.mlp.experts.fc1_weight"):
         expected = gradients(model)[name]
-        assert (found[name].float() / scale - expected).norm() < 0.05 * expected.norm()
+        assert (found[name].float() / scale - expected).norm() < 0.03 * expected.norm()
 
 
 def test_a_model_whose_tie_came_apart_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tied.layers.accumulation import GroupedLinear, MarkUseSite, SharedGradient, UseSites
+from megatron_tied.layers.weight_gradient import Site
 
 EXPERTS, WIDTH = 3, 16
 COUNTS = [[3, 0, 5], [8, 0, 0], [0, 0, 8], [1, 1, 6], [0, 0, 0]]
@@ -55,39 +57,52 @@ def loop(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     return torch.cat([tokens @ matrix.T for tokens, matrix in zip(x.split(counts), weight, strict=True)])
 
 
-def shared_by(use_sites: int) -> SharedGradient:
-    shared = SharedGradient()
-    shared.use_sites = use_sites
-    return shared
+@pytest.fixture(params=["immediate", "fused", "mixed"])
+def shared_by(request: pytest.FixtureRequest) -> Callable[[int], SharedGradient]:
+    """What makes the gradient of a weight with so many use sites; some, all or none of them are kept for the last."""
+
+    def make(use_sites: int) -> SharedGradient:
+        kept = itertools.cycle({"immediate": [False], "fused": [True], "mixed": [False, True]}[request.param])
+        shared = SharedGradient()
+        shared.use_sites = use_sites
+        shared.fuses = lambda tokens_per_expert: next(kept)
+        return shared
+
+    return make
 
 
-def test_the_sum_is_handed_on_once_and_the_next_pass_begins_anew():
+def site(value: float) -> Site:
+    """One whose part of the gradient is `value`, for a weight of one expert and one number."""
+    return Site(torch.ones(1, 16), torch.full((1, 16), float(value)), torch.ones(1, dtype=torch.int32))
+
+
+def test_the_sum_is_handed_on_once_and_the_next_pass_begins_anew(shared_by):
     shared = shared_by(3)
     told: list[bool] = []
     shared.on_change = told.append
     for _ in range(2):
-        parts = [torch.full((2,), float(value)) for value in (1, 10, 100)]
+        parts = [site(value) for value in (1, 10, 100)]
         assert shared.is_complete
         assert shared.add(parts[0]) is None
         assert shared.add(parts[1]) is None
         assert (shared.arrived, shared.is_complete) == (2, False)
-        assert shared.add(parts[2]).tolist() == [111, 111]
+        assert torch.equal(shared.add(parts[2]), torch.full((1, 16, 16), 111.0))
         assert shared.is_complete
     assert told == [False, False, True] * 2
 
 
-def test_what_an_aborted_pass_left_is_forgotten():
+def test_what_an_aborted_pass_left_is_forgotten(shared_by):
     shared = shared_by(2)
-    shared.add(torch.ones(2))
+    shared.add(site(1))
     shared.reset()
     assert shared.is_complete
-    assert shared.add(torch.ones(2)) is None
-    assert shared.add(torch.ones(2)).tolist() == [2, 2]
+    assert shared.add(site(1)) is None
+    assert torch.equal(shared.add(site(1)), torch.full((1, 16, 16), 2.0))
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("out", [WIDTH, 24])
-def test_one_use_equals_a_loop_over_experts(counts, out):
+def test_one_use_equals_a_loop_over_experts(shared_by, counts, out):
     x, weight = tensors(sum(counts), out)
     y = GroupedLinear.apply(x, weight, offsets(counts), shared_by(1))
     expected = loop(x, weight, counts)
@@ -99,14 +114,14 @@ def test_one_use_equals_a_loop_over_experts(counts, out):
         assert found[1][expert].any() == (count > 0)
 
 
-def test_a_gradient_of_any_layout_is_taken():
+def test_a_gradient_of_any_layout_is_taken(shared_by):
     x, weight = tensors(out=WIDTH)
     y = GroupedLinear.apply(x, weight, offsets(COUNTS[0]), shared_by(1))
     expected = torch.autograd.grad(loop(x, weight, COUNTS[0]).t().sum(), weight)
     torch.testing.assert_close(torch.autograd.grad(y.t().sum(), weight), expected)
 
 
-def test_a_frozen_weight_lets_the_gradient_through_and_counts_nothing():
+def test_a_frozen_weight_lets_the_gradient_through_and_counts_nothing(shared_by):
     x, weight = tensors()
     weight.requires_grad_(False)
     shared = shared_by(2)
@@ -117,14 +132,14 @@ def test_a_frozen_weight_lets_the_gradient_through_and_counts_nothing():
     assert shared.is_complete
 
 
-def test_tokens_without_a_gradient_still_give_the_weights_one():
+def test_tokens_without_a_gradient_still_give_the_weights_one(shared_by):
     x, weight = tensors()
     GroupedLinear.apply(x.detach(), weight, offsets(COUNTS[0]), shared_by(1)).square().sum().backward()
     expected = torch.autograd.grad(loop(x, weight, COUNTS[0]).square().sum(), weight)[0]
     torch.testing.assert_close(weight.grad, expected)
 
 
-def test_without_grad_nothing_is_recorded():
+def test_without_grad_nothing_is_recorded(shared_by):
     x, weight = tensors()
     shared = shared_by(1)
     with torch.no_grad():
@@ -136,7 +151,7 @@ def test_without_grad_nothing_is_recorded():
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
 @pytest.mark.parametrize("counts", [COUNTS[0], COUNTS[4]], ids=str)
-def test_three_use_sites_equal_plain_autograd(mode, counts):
+def test_three_use_sites_equal_plain_autograd(shared_by, mode, counts):
     x, weight = tensors(sum(counts))
     shared = shared_by(3)
     ready: list[bool] = []
@@ -162,7 +177,7 @@ def test_three_use_sites_equal_plain_autograd(mode, counts):
     assert len(fired) == (3 if mode in (reentrant, megatron) else 1)
 
 
-def test_a_backward_pass_that_fails_midway_leaves_no_trace_after_reset():
+def test_a_backward_pass_that_fails_midway_leaves_no_trace_after_reset(shared_by):
     x, weight = tensors()
     shared = shared_by(2)
 
@@ -181,7 +196,7 @@ def test_a_backward_pass_that_fails_midway_leaves_no_trace_after_reset():
     torch.testing.assert_close(weight.grad, torch.autograd.grad(plain, weight)[0])
 
 
-def test_gradients_of_two_micro_batches_add_up():
+def test_gradients_of_two_micro_batches_add_up(shared_by):
     x, weight = tensors()
     shared = shared_by(2)
 

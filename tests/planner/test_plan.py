@@ -98,24 +98,27 @@ def test_offload_moves_states_to_the_host() -> None:
 
 def test_a_fused_weight_gradient_keeps_the_inputs_of_a_group() -> None:
     """They wait for the owner's backward, when the activations of later layers, and those of the loss, are gone."""
-    immediate, fused = (olmoe(weight_gradient=how, micro_batch_size=4) for how in ("immediate", "fused"))
+    ways = [TieConfig(group_size=4, weight_gradient=how) for how in ("immediate", "fused")]
+    immediate, fused = (olmoe(tie, micro_batch_size=4) for tie in ways)
     assert fused.memory.activations >= immediate.memory.activations
     recomputed = {"recompute": Recompute(method="uniform"), "micro_batch_size": 4}
-    immediate, fused = (olmoe(weight_gradient=how, **recomputed) for how in ("immediate", "fused"))
+    immediate, fused = (olmoe(tie, **recomputed) for tie in ways)
     tokens = 4 * 2048 * 8
     held = tokens * (2 * 2048 + 3 * 1024) * 2  # inputs and output gradients of both products
     assert held < fused.memory.activations - immediate.memory.activations < 4 * held
 
 
 def test_a_tied_bank_collects_its_gradient_beside_what_is_made() -> None:
-    """Untied, the first product and its flat copy are there at once; tied, the first product and the sum of both."""
+    """Untied or fused, the first product and its flat copy are there at once; else it and the sum of both."""
     few_tokens = {"world_size": 512, "global_batch_size": 512, "seq_length": 8}
-    all_tied = TieConfig(group_size=16, skip_first=0, skip_last=0)
+    immediate, fused = (
+        TieConfig(group_size=16, skip_first=0, skip_last=0, weight_gradient=how) for how in ("immediate", "fused")
+    )
     first = 64 * 2 * 1024 * 2048 * 2
     for stage, of_untied, of_tied in ((2, 2, 2.5), (3, 2, 3)):
-        untied, tied = (olmoe(tie, zero_stage=stage, **few_tokens) for tie in (TieConfig(), all_tied))
-        assert untied.memory.activations == pytest.approx(of_untied * first, rel=0.05)
-        assert tied.memory.activations == pytest.approx(of_tied * first, rel=0.05)
+        plans = (olmoe(tie, zero_stage=stage, **few_tokens) for tie in (TieConfig(), immediate, fused))
+        for plan, expected in zip(plans, (of_untied, of_tied, of_untied), strict=True):
+            assert plan.memory.activations == pytest.approx(expected * first, rel=0.05)
 
 
 def test_stage_3_updates_sub_groups() -> None:

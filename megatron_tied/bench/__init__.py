@@ -1,0 +1,1 @@
+"""`megatron-tied bench`: tied against untied, and against peers, side by side in one run on this machine."""

@@ -1,0 +1,106 @@
+"""Starts the ranks of a benchmark on this host, and brings back what they found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_tied.bench.job import Job
+from megatron_tied.bench.messages import PROBLEMS, PROGRESS, RESULT, read_line
+from megatron_tied.errors import ConfigError, Problem
+
+_LAST_LINES = 30
+# Where torchrun begins to tell that a rank has failed, which that rank has told itself.
+_TORCHRUN_TELLS = "torch/distributed/elastic/"
+_PATIENCE_SECONDS = 10
+_ROOT = Path(__file__).parents[2]
+
+
+class RanksFailedError(RuntimeError):
+    """The ranks ended without a result; `lines` are the last that they printed."""
+
+    def __init__(self, code: int, lines: list[str]):
+        super().__init__(f"the ranks ended without a result, with exit code {code}")
+        self.lines = lines
+
+
+def run_on_ranks(job: Job, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """What `job` gives on its ranks, which are started and ended here.
+
+    Raises `ConfigError` for what only the ranks could find, and `RanksFailedError`.
+    """
+    with tempfile.TemporaryDirectory(prefix="megatron-tied-bench-") as directory:
+        file = Path(directory, "job.json")
+        file.write_text(job.encode(), encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.ranks}"]
+        command += ["--module", "megatron_tied.bench", str(file)]
+        ranks = subprocess.Popen(
+            command,
+            env=_environment(job.ranks),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        try:
+            return _listen(ranks, progress)
+        finally:
+            if ranks.poll() is None:
+                # torchrun ends its ranks when it is asked to end.
+                ranks.terminate()
+                try:
+                    ranks.wait(_PATIENCE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    ranks.kill()
+
+
+def with_peaks_on_cpu(result: dict[str, Any], job: Job, progress: Callable[[str, int, int], None]) -> None:
+    """Fill in the peak memory of every contender in `result`: each alone on new ranks, since a CPU allocator keeps no
+    peak. Ranks that fail at it cost nothing else: `peak_memory` stays None."""
+    names = list(result["contenders"])
+    for done, name in enumerate(names):
+        progress(f"measuring the memory of {name}", done, len(names))
+        with suppress(RanksFailedError):
+            alone = run_on_ranks(replace(job, alone=name), lambda *_: None)
+            result["contenders"][name]["peak_memory"] = alone["peak_memory"]
+
+
+def _listen(ranks: subprocess.Popen[str], progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+    others: deque[str] = deque(maxlen=_LAST_LINES)
+    result = problems = None
+    ended = False
+    for line in ranks.stdout:
+        ended = ended or _TORCHRUN_TELLS in line
+        match read_line(line):
+            case (kind, content) if kind == PROGRESS:
+                progress(*content)
+            case (kind, content) if kind == RESULT:
+                result = content
+            case (kind, content) if kind == PROBLEMS:
+                problems = [Problem(*problem) for problem in content]
+            case _ if not ended:
+                others.append(line.rstrip("\n"))
+    code = ranks.wait()
+    if problems is not None:
+        raise ConfigError(problems)
+    if result is None:
+        raise RanksFailedError(code, list(others))
+    return result
+
+
+def _environment(ranks: int) -> dict[str, str]:
+    environment = dict(os.environ)
+    # torchrun would give each of several ranks one thread.
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    # The ranks run the sources that this process runs, installed or not.
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), environment.get("PYTHONPATH"))))
+    return environment

@@ -1,0 +1,109 @@
+"""Contenders side by side on the same ranks: built, warmed up, and timed in turns."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_tied.bench.autoep import build_autoep
+from megatron_tied.bench.contender import CannotRunHereError, Contender
+from megatron_tied.bench.engines import build_megatron_core, build_ours
+from megatron_tied.bench.huggingface import build_huggingface
+from megatron_tied.bench.job import AUTOEP, HUGGINGFACE, MEGATRON_CORE, TIED, UNTIED, Job
+from megatron_tied.exchange import gather_json
+from megatron_tied.training.evaluation import Batch
+
+Batches = Callable[[int], Sequence[Batch]]
+
+_BUILDERS: dict[str, Callable[[Job], Contender]] = {
+    HUGGINGFACE: build_huggingface,
+    MEGATRON_CORE: build_megatron_core,
+    AUTOEP: build_autoep,
+}
+# After the step that makes optimizer states: ZeRO 3 follows the trace of an earlier step.
+WARM_UP_STEPS = 3
+_SECONDS_OF_A_TURN, _MOST_STEPS = 0.5, 20
+
+
+class Built(NamedTuple):
+    """The contenders that run here, why the others do not, and what those that do keep allocated on the GPU."""
+
+    contenders: list[Contender]
+    left_out: dict[str, str]
+    resident: dict[str, int]
+
+
+def build(job: Job, batches: Batches, names: Sequence[str], say: Callable[[str], None]) -> Built:
+    """Build each of `names` and let it train one step; a peer that cannot is left out, on every rank. A collective."""
+    built = Built([], {}, {})
+    for name in names:
+        say(f"building {name}")
+        before = allocated()
+        contender, reason = _try(job, name, batches)
+        # One that fails on some ranks only would keep the others waiting.
+        reasons = [of_rank for of_rank in gather_json(reason) if of_rank is not None]
+        if reasons:
+            built.left_out[name] = str(reasons[0])
+            del contender
+            gc.collect()
+            continue
+        built.contenders.append(contender)
+        built.resident[name] = allocated() - before
+    return built
+
+
+def _try(job: Job, name: str, batches: Batches) -> tuple[Contender | None, str | None]:
+    if name in (TIED, UNTIED):
+        contender = build_ours(name, job)
+        contender.run(batches, 1)
+        return contender, None
+    try:
+        contender = _BUILDERS[name](job)
+        contender.run(batches, 1)
+    except CannotRunHereError as error:
+        return None, str(error)
+    except Exception as error:  # whatever another package's code does: the others are measured all the same
+        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return contender, None
+
+
+def steps_of_a_turn(job: Job, contenders: Sequence[Contender], batches: Batches) -> int:
+    """Warms all up; returns how many steps a turn has, the same on all ranks."""
+    fastest = math.inf
+    for contender in contenders:
+        for _ in range(WARM_UP_STEPS - 1):
+            fastest = min(fastest, contender.run(batches, 1))
+    wanted = min(max(math.ceil(_SECONDS_OF_A_TURN / fastest), 1), _MOST_STEPS)
+    return job.steps or int(gather_json(wanted)[0])
+
+
+def take_turns(
+    contenders: Sequence[Contender], batches: Batches, *, rounds: int, steps: int
+) -> Iterator[dict[str, float]]:
+    """Seconds a step of each contender, round by round; every second round goes in the opposite order."""
+    gc.collect()
+    gc.freeze()  # what imports and building have made is not to be looked at in the middle of a step
+    for round_ in range(rounds):
+        order = contenders if round_ % 2 == 0 else list(reversed(contenders))
+        yield {contender.name: contender.run(batches, steps) / steps for contender in order}
+
+
+def allocated() -> int:
+    """Bytes that are allocated on the GPU; 0 without one."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def peak_of(step: Callable[[], Any], resident: int) -> int | None:
+    """The most that is allocated during `step` by a contender that keeps `resident` bytes, without the others; None
+    without a GPU."""
+    if not torch.cuda.is_available():
+        step()
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before + resident

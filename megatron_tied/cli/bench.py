@@ -1,0 +1,142 @@
+"""`megatron-tied bench`: tied against untied on this machine, and against other software that is installed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_tied.cli.report import report_once
+from megatron_tied.errors import ConfigError, Problem
+
+_FAILED, _INTERRUPTED = 1, 130
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds `bench`."""
+    told = "tied against untied on this machine, in turns in one run, on random tokens"
+    more = "Without a config the quickstart model. Under a launcher its ranks are taken, else they are started."
+    parser = subparsers.add_parser("bench", help=told, description=f"{told}. {more}")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="the YAML file of a run; may come several times",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--ranks", type=_count, metavar="N", help="default: one for each GPU, else 1")
+    parser.add_argument("--rounds", type=_count, default=10, metavar="N", help="turns of each contender; default: 10")
+    parser.add_argument("--steps", type=_count, metavar="N", help="of a turn; default: about half a second's")
+    parser.add_argument(
+        "--against",
+        default="untied",
+        metavar="NAMES",
+        help="some of untied,huggingface,megatron-core,autoep; default: untied",
+    )
+    parser.add_argument(
+        "--no-memory", action="store_true", help="on a host without GPUs: spare the runs that measure peak memory"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace single values")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    try:
+        return _run_all(args)
+    except ConfigError as error:
+        if "RANK" not in os.environ:
+            raise
+        return report_once(error)
+
+
+def _run_all(args: argparse.Namespace) -> int:
+    from megatron_tied.bench.job import check_job, read_opponents
+    from megatron_tied.bench.report import report
+    from megatron_tied.cli.console import console
+    from megatron_tied.training.launcher import check_launcher
+
+    check_launcher()
+    opponents = read_opponents(args.against)
+    _check_place(args.json)
+    jobs = _jobs(args, opponents)
+    for job in jobs:
+        check_job(job)
+    results = []
+    try:
+        for job in jobs:
+            result = _run(job, with_memory=not args.no_memory)
+            if result is None:  # the first rank tells it
+                return 0
+            results.append(result)
+            console().print(report(result))
+            # After each: a later config must not cost what an earlier one has found.
+            if args.json is not None:
+                args.json.write_text(json.dumps({"runs": results}, indent=2) + "\n", encoding="utf-8")
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except _failure() as error:
+        print(f"error: {error}; their last lines:", *error.lines, sep="\n  ", file=sys.stderr)
+        return _FAILED
+    return 0
+
+
+def _jobs(args: argparse.Namespace, opponents: tuple[str, ...]) -> list[Any]:
+    import torch
+
+    from megatron_tied.bench.job import Job, load_subject
+
+    gpus = torch.cuda.device_count()
+    launched = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+    ranks = args.ranks or launched or max(1, gpus)
+    if launched is not None and ranks != launched:
+        raise ConfigError(Problem("--ranks", ranks, f"must be {launched} or left out: the launcher has started them"))
+    if launched is None and 0 < gpus < ranks:
+        raise ConfigError(Problem("--ranks", ranks, f"must be at most {gpus}, the number of GPUs here"))
+    if launched is not None and len(args.config or ()) > 1:
+        raise ConfigError(Problem("--config", list(map(str, args.config)), "must be one under a launcher"))
+    precision = "bf16" if gpus else "fp32"
+    return [
+        Job(load_subject(path, args.overrides, ranks, precision=precision), ranks, opponents, args.rounds, args.steps)
+        for path in args.config or (None,)
+    ]
+
+
+def _run(job: Any, *, with_memory: bool) -> dict[str, Any] | None:
+    from megatron_tied.bench.launch import run_on_ranks, with_peaks_on_cpu
+    from megatron_tied.bench.progress import Bar
+
+    with Bar() as bar:
+        if "RANK" in os.environ:
+            from megatron_tied.bench.__main__ import is_first, run_job
+
+            result = run_job(job, bar.show)
+            return result if is_first() else None
+        result = run_on_ranks(job, bar.show)
+        if with_memory and result["device"] == "cpu":
+            with_peaks_on_cpu(result, job, bar.show)
+    return result
+
+
+def _failure() -> type[Exception]:
+    from megatron_tied.bench.launch import RanksFailedError
+
+    return RanksFailedError
+
+
+def _check_place(path: Path | None) -> None:
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ConfigError(Problem("--json", str(path), "must be in a directory that is there"))
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(Problem("--json", str(path), "must be a file that can be written"))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer >= 1")
+    return int(text)

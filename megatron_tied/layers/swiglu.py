@@ -1,0 +1,40 @@
+"""The experts' gated activation, SiLU(gate) x up x routing probability, without a copy of anything in between."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
+
+
+def weighted_swiglu(hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """hidden [n, 2 ffn], gate first, and probs [n] float32 give [n, ffn] in the dtype of `hidden`.
+
+    Only these two are kept for backward. On CUDA it is Megatron-Core's compiled `WeightedSwiGLUFunction`.
+    """
+    if hidden.is_cuda:
+        return weighted_bias_swiglu_impl(hidden, None, probs.unsqueeze(-1))
+    return _WeightedSwiGLU.apply(hidden, probs)
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """For hosts without a compiler: as few passes over memory as PyTorch's operators allow."""
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden, probs)
+        gate, up = hidden.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up).mul_(probs.unsqueeze(-1))
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        hidden, probs = ctx.saved_tensors
+        of_hidden = torch.empty_like(hidden)
+        (gate, up), (of_gate, of_up) = hidden.chunk(2, dim=-1), of_hidden.chunk(2, dim=-1)
+        activated = torch.nn.functional.silu(gate)
+        # One probability a token: its product with a narrower gradient is rounded to that.
+        weighted = gradient.mul(probs.unsqueeze(-1)).to(gradient.dtype)
+        torch.mul(weighted, activated, out=of_up)
+        torch.ops.aten.silu_backward.grad_input(weighted.mul_(up), gate, grad_input=of_gate)
+        # Routers learn from this sum: its terms are not rounded.
+        terms = activated.mul_(up).to(torch.promote_types(hidden.dtype, probs.dtype)).mul_(gradient)
+        return of_hidden, terms.sum(-1).to(probs.dtype)

@@ -1,0 +1,80 @@
+"""Weight gradients of grouped linear layers: of one use site, added to those of others, or of all use sites at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Site(NamedTuple):
+    """What one use site of a weight [experts, out, in] gives to its gradient, tokens sorted by expert.
+
+    inputs: [tokens, in], output_gradients: [tokens, out], offsets: [experts] int32, the end of each expert's tokens.
+    """
+
+    inputs: torch.Tensor
+    output_gradients: torch.Tensor
+    offsets: torch.Tensor
+
+    @property
+    def tokens_per_expert(self) -> float:
+        """Their mean."""
+        return len(self.inputs) / len(self.offsets)
+
+
+def gradient_of(site: Site) -> torch.Tensor:
+    """The site's part of the weight's gradient [experts, out, in]."""
+    return torch.nn.functional.grouped_mm(site.output_gradients.t(), site.inputs, offs=site.offsets)
+
+
+def add_gradient_of(site: Site, total: torch.Tensor) -> None:
+    """Add the site's part to `total` [experts, out, in]."""
+    if total.is_cuda:
+        # No grouped product adds to what is there.
+        total.add_(gradient_of(site))
+        return
+    for part, (inputs, output_gradients) in zip(total, _by_expert(site), strict=True):
+        part.addmm_(output_gradients.t(), inputs)
+
+
+def gradient_of_all(sites: Sequence[Site]) -> torch.Tensor:
+    """The sum of all sites' parts [experts, out, in], which is written once."""
+    if len(sites) == 1:
+        return gradient_of(sites[0])
+    if sites[0].inputs.is_cuda:
+        return gradient_of(concatenated(sites))
+    first = sites[0]
+    total = first.inputs.new_empty(len(first.offsets), first.output_gradients.shape[1], first.inputs.shape[1])
+    for part, *uses in zip(total, *map(_by_expert, sites), strict=True):
+        # One expert's part stays in the processor's cache while all sites add to it.
+        (inputs, output_gradients), *others = uses
+        torch.mm(output_gradients.t(), inputs, out=part)
+        for inputs, output_gradients in others:
+            part.addmm_(output_gradients.t(), inputs)
+    return total
+
+
+def concatenated(sites: Sequence[Site]) -> Site:
+    """One site with the tokens of all, sorted by expert; the host does not wait for the device."""
+    ends = torch.stack([site.offsets for site in sites]).long()
+    counts = ends.diff(dim=1, prepend=ends.new_zeros(len(sites), 1))
+    all_ends = ends.sum(0)
+    # Where the first token of each site and expert goes: behind those of lesser experts, and of this one from earlier
+    # sites.
+    firsts = (all_ends - counts.sum(0)) + counts.cumsum(0) - counts
+    total = sum(len(site.inputs) for site in sites)
+    inputs, output_gradients = (tensor.new_empty(total, tensor.shape[1]) for tensor in sites[0][:2])
+    for site, first, end, count in zip(sites, firsts, ends, counts, strict=True):
+        places = torch.arange(len(site.inputs), device=end.device)
+        experts = torch.searchsorted(end, places, right=True)
+        places += (first - (end - count))[experts]
+        inputs.index_copy_(0, places, site.inputs)
+        output_gradients.index_copy_(0, places, site.output_gradients)
+    return Site(inputs, output_gradients, all_ends.to(torch.int32))
+
+
+def _by_expert(site: Site) -> zip[tuple[torch.Tensor, torch.Tensor]]:
+    sizes = site.offsets.diff(prepend=site.offsets.new_zeros(1)).tolist()
+    return zip(site.inputs.split(sizes), site.output_gradients.split(sizes), strict=True)

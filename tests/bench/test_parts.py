@@ -1,0 +1,116 @@
+"""What is computed from measured figures: kinds of kernels, whose bytes were reduced, bytes of tensors, messages."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from megatron_tied.bench.kernels import Interval, kind_of, own_times, shares
+from megatron_tied.bench.memory import PeakOfProcess, storage_bytes, used_bytes
+from megatron_tied.bench.messages import RESULT, read_line, told_line
+from megatron_tied.bench.roofline import Ceilings
+from megatron_tied.bench.traffic import attribute
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::mm", "GEMM"),
+        ("aten::_grouped_mm", "GEMM"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopB_TNT", "GEMM"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "GEMM"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("void flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4>>", "attention"),
+        ("aten::mul", "element-wise"),
+        ("aten::mul_", "element-wise"),
+        ("aten::addcdiv_", "element-wise"),
+        ("aten::_softmax_backward_data", "element-wise"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "element-wise"),
+        ("aten::copy_", "copies and permutes"),
+        ("aten::index_put_", "copies and permutes"),
+        ("Memcpy DtoD (Device -> Device)", "copies and permutes"),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "collectives"),
+        ("gloo:all_to_all", "collectives"),
+        ("_AllToAll", "collectives"),
+        ("PreBackwardFunctionForModuleBackward", "other"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_shares_are_of_the_whole_and_the_largest_come_first() -> None:
+    found = shares(Counter({"aten::mm": 60.0, "aten::bmm": 15.0, "aten::add": 20.0, "whatever": 5.0}))
+    assert found["shares"]["GEMM"] == pytest.approx(0.75)
+    assert sum(found["shares"].values()) == pytest.approx(1.0)
+    assert [item["name"] for item in found["largest"]] == ["aten::mm", "aten::add", "aten::bmm", "whatever"]
+
+
+def test_an_operators_own_time_is_without_what_it_calls() -> None:
+    calls = [Interval(0, 100, "step"), Interval(10, 40, "linear"), Interval(15, 35, "mm"), Interval(40, 60, "linear")]
+    assert own_times([*calls, Interval(100, 120, "mm")]) == {"step": 50, "linear": 30, "mm": 40}
+    # It begins with what calls it.
+    assert own_times([Interval(0, 10, "mm"), Interval(0, 30, "linear")]) == {"linear": 20, "mm": 10}
+
+
+SIZES = Counter({"rest": 100, "tied": 40, "untied": 20})
+
+
+def test_groups_of_their_own_size_tell_experts_from_the_rest() -> None:
+    found = attribute(Counter({4: 400, 2: 240}), SIZES, width=4, times=1, ranks=4, expert_ranks=2)
+    assert (found.rest, found.experts, found.tied_layers) == (400, 240, 160)
+
+
+@pytest.mark.parametrize("expert_ranks", [2, None])
+def test_of_one_group_for_all_what_is_left_is_the_tied_layers(expert_ranks: int | None) -> None:
+    found = attribute(Counter({2: 2 * 640}), SIZES, width=4, times=2, ranks=2, expert_ranks=expert_ranks)
+    assert (found.rest, found.experts, found.tied_layers) == (800, 480, 320)
+
+
+def test_a_bank_that_is_reduced_for_each_of_its_layers_shows() -> None:
+    found = attribute(Counter({2: 640 + 3 * 160}), SIZES, width=4, times=1, ranks=2, expert_ranks=2)
+    assert (found.rest, found.tied_layers) == (400, 4 * 160)
+
+
+def test_experts_that_no_rank_shares_are_not_reduced() -> None:
+    found = attribute(Counter({2: 400}), SIZES, width=4, times=1, ranks=2, expert_ranks=1)
+    assert (found.rest, found.experts, found.tied_layers) == (400, 0, 0)
+
+
+def test_one_rank_reduces_nothing() -> None:
+    found = attribute(Counter(), SIZES, width=0, times=1, ranks=1, expert_ranks=1)
+    assert (found.rest, found.experts, found.tied_layers) == (0, 0, 0)
+
+
+def test_a_bucket_counts_as_what_is_in_it_and_a_whole_with_its_parts_once() -> None:
+    bucket, whole = torch.zeros(1000), torch.zeros(10)
+    assert used_bytes([bucket[:10], bucket[10:30]]) == 4 * 30
+    assert used_bytes([whole, whole[:4], whole[4:]]) == 4 * 10
+    assert used_bytes([whole, whole]) == 4 * 10
+    assert storage_bytes([bucket[:10], whole, whole[2:]]) == 4 * 1010
+
+
+def test_the_peak_of_a_process_stays_after_memory_is_given_back() -> None:
+    size = 1 << 27
+    _touch(4 * size)  # before: not its business
+    peak = PeakOfProcess()
+    _touch(size)
+    assert 0.9 * size < peak.bytes() < 1.5 * size
+
+
+def _touch(size: int) -> None:
+    torch.ones(size, dtype=torch.uint8)
+
+
+def test_of_two_measurements_the_higher_ceilings_stand() -> None:
+    assert Ceilings(2.0, 5.0).or_better(Ceilings(3.0, 4.0)) == Ceilings(3.0, 5.0)
+
+
+def test_messages_are_found_among_other_lines() -> None:
+    line = told_line(RESULT, {"ratio": None})
+    assert read_line(line) == (RESULT, {"ratio": None})
+    assert read_line(f"[rank 0] {line}") == (RESULT, {"ratio": None})
+    assert read_line("INFO: loaded") is None
+    assert read_line(line[:-4]) is None
