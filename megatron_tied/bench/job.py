@@ -83,11 +83,10 @@ def load_subject(path: Path | None, overrides: Sequence[str], ranks: int, *, pre
         if _QUICKSTART_EXPERTS % ranks == 0:
             sections["parallel"] = {"expert_model_parallel_size": ranks}
     config = load_config(path, overrides, sections)
-    if config.model.vocab_size is None and config.data.tokenizer is not None:
-        from megatron_tied.data.tokenizer import SentencePieceTokenizer
+    if config.data.tokenizer is not None:
+        from megatron_tied.training.startup import with_vocabulary
 
-        size = SentencePieceTokenizer.load(config.data.tokenizer, field="data.tokenizer").vocab_size
-        config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+        config = with_vocabulary(config)
     return config
 
 

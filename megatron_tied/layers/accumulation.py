@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_tied.layers.grouped_product import grouped_product
 from megatron_tied.layers.weight_gradient import Site, add_gradient_of, gradient_of, gradient_of_all
 
 
@@ -134,13 +135,13 @@ class GroupedLinear(torch.autograd.Function):
         # before backward, and a view of it would keep the gathered storage alive in between.
         ctx.save_for_backward(x, weight, offsets)
         ctx.shared = shared
-        return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+        return grouped_product(x, weight.transpose(1, 2), offsets)
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor):
         x, weight, offsets = ctx.saved_tensors
         dy = dy.contiguous()
-        dx = torch.nn.functional.grouped_mm(dy, weight, offs=offsets) if ctx.needs_input_grad[0] else None
+        dx = grouped_product(dy, weight, offsets) if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[1]:
             dw = ctx.shared.add(Site(x, dy, offsets))

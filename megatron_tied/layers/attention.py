@@ -7,8 +7,10 @@ from megatron.core import parallel_state
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_tied.layers.norm import RMSNorm
 
-class ProjectionRMSNorm(torch.nn.RMSNorm):
+
+class ProjectionRMSNorm(RMSNorm):
     """RMSNorm over all heads of a query or key at once: input and output [..., heads on this rank, head width].
 
     `hidden_size` is one head's width, as Megatron-Core's attention passes it; `heads` counts those of all tensor
@@ -56,4 +58,5 @@ class ClippedSelfAttention(SelfAttention):
     def get_query_key_value_tensors(self, *args, **kwargs):
         """As upstream; each returned tensor is clamped."""
         qkv = super().get_query_key_value_tensors(*args, **kwargs)
-        return tuple(tensor.clamp(-self.qkv_clip, self.qkv_clip) for tensor in qkv)
+        # Clamps with one kernel in each direction; `clamp` takes four in backward.
+        return tuple(torch.nn.functional.hardtanh(tensor, -self.qkv_clip, self.qkv_clip) for tensor in qkv)

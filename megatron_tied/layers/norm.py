@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class TorchNorm(WrappedTorchNorm):
-    """`torch.nn.RMSNorm` or `LayerNorm` by `config.normalization`, as upstream makes it, sequence parallel or not.
+    """`RMSNorm` or `torch.nn.LayerNorm` by `config.normalization`, as upstream makes it, sequence parallel or not.
 
     Upstream refuses sequence parallelism because nobody would sum the gradients of the norm's parameters, each rank
     having seen a part of the tokens (of the heads, in a query or key norm). They carry Megatron-Core's mark for
@@ -22,6 +22,37 @@ class TorchNorm(WrappedTorchNorm):
         plain = copy.copy(config)
         plain.sequence_parallel = False
         norm = super().__new__(cls, plain, *args, **kwargs)
+        if type(norm) is torch.nn.RMSNorm:
+            norm.__class__ = RMSNorm
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's, with half of its passes over memory on a CPU, where torch has no kernel of its own for it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., *normalized_shape] -> the same."""
+        if x.is_cuda or x.dtype not in (torch.float32, torch.float64) or len(self.normalized_shape) > 1:
+            return super().forward(x)
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.nn.Parameter, eps: float) -> torch.Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x, weight, scale = ctx.saved_tensors
+        normalised = x * scale
+        products = gradient * normalised
+        of_weight = products.flatten(0, -2).sum(0)
+        mean = (products @ weight).unsqueeze(-1).div_(x.shape[-1])
+        of_x = torch.mul(gradient, weight, out=products).addcmul_(normalised, mean, value=-1).mul_(scale)
+        return of_x, of_weight, None

@@ -16,25 +16,45 @@ def weighted_swiglu(hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     return _WeightedSwiGLU.apply(hidden, probs)
 
 
+# Of the rows that are worked on at once: what is in between then stays in the processor's cache.
+_ELEMENTS = 1 << 19
+
+
 class _WeightedSwiGLU(torch.autograd.Function):
-    """For hosts without a compiler: as few passes over memory as PyTorch's operators allow."""
+    """For hosts without a compiler."""
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hidden, probs)
-        gate, up = hidden.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate).mul_(up).mul_(probs.unsqueeze(-1))
+        output = hidden.new_empty(len(hidden), hidden.shape[1] // 2)
+        for part, weights, into in zip(*_by_rows(hidden, probs, output), strict=True):
+            gate, up = part.chunk(2, dim=-1)
+            torch.mul(torch.nn.functional.silu(gate).mul_(up), weights.unsqueeze(-1), out=into)
+        return output
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         hidden, probs = ctx.saved_tensors
-        of_hidden = torch.empty_like(hidden)
-        (gate, up), (of_gate, of_up) = hidden.chunk(2, dim=-1), of_hidden.chunk(2, dim=-1)
-        activated = torch.nn.functional.silu(gate)
-        # One probability a token: its product with a narrower gradient is rounded to that.
-        weighted = gradient.mul(probs.unsqueeze(-1)).to(gradient.dtype)
-        torch.mul(weighted, activated, out=of_up)
-        torch.ops.aten.silu_backward.grad_input(weighted.mul_(up), gate, grad_input=of_gate)
-        # Routers learn from this sum: its terms are not rounded.
-        terms = activated.mul_(up).to(torch.promote_types(hidden.dtype, probs.dtype)).mul_(gradient)
-        return of_hidden, terms.sum(-1).to(probs.dtype)
+        of_hidden, of_probs = torch.empty_like(hidden), torch.empty_like(probs)
+        for parts in zip(*_by_rows(hidden, probs, gradient, of_hidden, of_probs), strict=True):
+            _gradients(*parts)
+        return of_hidden, of_probs
+
+
+def _by_rows(hidden: torch.Tensor, *others: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    rows = max(1, 2 * _ELEMENTS // hidden.shape[1])
+    return [tensor.split(rows) for tensor in (hidden, *others)]
+
+
+def _gradients(
+    hidden: torch.Tensor, probs: torch.Tensor, gradient: torch.Tensor, of_hidden: torch.Tensor, of_probs: torch.Tensor
+) -> None:
+    (gate, up), (of_gate, of_up) = hidden.chunk(2, dim=-1), of_hidden.chunk(2, dim=-1)
+    activated = torch.nn.functional.silu(gate)
+    # One probability a token: its product with a narrower gradient is rounded to that.
+    weighted = gradient.mul(probs.unsqueeze(-1)).to(gradient.dtype)
+    torch.mul(weighted, activated, out=of_up)
+    torch.ops.aten.silu_backward.grad_input(weighted.mul_(up), gate, grad_input=of_gate)
+    # Routers learn from this sum: its terms are not rounded.
+    terms = activated.mul_(up).to(torch.promote_types(hidden.dtype, probs.dtype)).mul_(gradient)
+    of_probs.copy_(terms.sum(-1))

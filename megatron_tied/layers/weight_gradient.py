@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_tied.layers.grouped_product import BLOCK, needs_few_shapes
+
 
 class Site(NamedTuple):
     """What one use site of a weight [experts, out, in] gives to its gradient, tokens sorted by expert.
@@ -26,6 +28,8 @@ class Site(NamedTuple):
 
 def gradient_of(site: Site) -> torch.Tensor:
     """The site's part of the weight's gradient [experts, out, in]."""
+    if needs_few_shapes(site.inputs):
+        return _in_few_shapes([site])
     return torch.nn.functional.grouped_mm(site.output_gradients.t(), site.inputs, offs=site.offsets)
 
 
@@ -34,6 +38,9 @@ def add_gradient_of(site: Site, total: torch.Tensor) -> None:
     if total.is_cuda:
         # No grouped product adds to what is there.
         total.add_(gradient_of(site))
+        return
+    if needs_few_shapes(total):
+        _in_few_shapes([site], total)
         return
     for part, (inputs, output_gradients) in zip(total, _by_expert(site), strict=True):
         part.addmm_(output_gradients.t(), inputs)
@@ -45,8 +52,9 @@ def gradient_of_all(sites: Sequence[Site]) -> torch.Tensor:
         return gradient_of(sites[0])
     if sites[0].inputs.is_cuda:
         return gradient_of(concatenated(sites))
-    first = sites[0]
-    total = first.inputs.new_empty(len(first.offsets), first.output_gradients.shape[1], first.inputs.shape[1])
+    if needs_few_shapes(sites[0].inputs):
+        return _in_few_shapes(sites)
+    total = _empty_gradient(sites[0])
     for part, *uses in zip(total, *map(_by_expert, sites), strict=True):
         # One expert's part stays in the processor's cache while all sites add to it.
         (inputs, output_gradients), *others = uses
@@ -54,6 +62,27 @@ def gradient_of_all(sites: Sequence[Site]) -> torch.Tensor:
         for inputs, output_gradients in others:
             part.addmm_(output_gradients.t(), inputs)
     return total
+
+
+def _in_few_shapes(sites: Sequence[Site], total: torch.Tensor | None = None) -> torch.Tensor:
+    """The sum of all sites' parts, added to `total` if there is one; an expert's tokens are filled up with zeros."""
+    adds = total is not None
+    total = total if adds else _empty_gradient(sites[0])
+    for part, *uses in zip(total, *map(_by_expert, sites), strict=True):
+        missing = -sum(len(inputs) for inputs, _ in uses) % BLOCK
+        inputs, output_gradients = (
+            torch.cat([*tensors, tensors[0].new_zeros(missing, tensors[0].shape[1])])
+            for tensors in zip(*uses, strict=True)
+        )
+        if not adds:
+            torch.mm(output_gradients.t(), inputs, out=part)
+        elif len(inputs):
+            part.addmm_(output_gradients.t(), inputs)
+    return total
+
+
+def _empty_gradient(site: Site) -> torch.Tensor:
+    return site.inputs.new_empty(len(site.offsets), site.output_gradients.shape[1], site.inputs.shape[1])
 
 
 def concatenated(sites: Sequence[Site]) -> Site:

@@ -48,7 +48,7 @@ def prepare_run(config: RunConfig) -> tuple[RunConfig, Start]:
     on every rank, with the problems of all. A collective.
     """
     try:
-        config = _with_vocabulary(config)
+        config = with_vocabulary(config)
         problems = _local_problems(config)
     except ConfigError as error:
         problems = list(error.problems)
@@ -77,7 +77,8 @@ def split_argument(config: RunConfig) -> str | None:
     return None if data.validation is not None else ",".join(map(str, data.split))
 
 
-def _with_vocabulary(config: RunConfig) -> RunConfig:
+def with_vocabulary(config: RunConfig) -> RunConfig:
+    """The same with the tokenizer's vocabulary size where the model names none; `ConfigError` for no tokenizer."""
     if config.model.vocab_size is not None:
         return config
     tokenizer = SentencePieceTokenizer.load(config.data.tokenizer, field="data.tokenizer")

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tied.layers.attention import ProjectionRMSNorm
-from megatron_tied.layers.norm import TorchNorm
+from megatron_tied.layers.norm import RMSNorm, TorchNorm
 from tests.tiny_model import TieConfig, build
 
 
@@ -30,14 +30,30 @@ def _config(normalization: str, sequence_parallel: bool) -> TransformerConfig:
 def test_is_torchs_own_norm_with_a_mark(normalization: str, kind: type, sequence_parallel: bool) -> None:
     config = _config(normalization, sequence_parallel)
     norm = TorchNorm(config, 32, eps=0.25)
-    assert type(norm) is kind
+    assert isinstance(norm, kind)
     assert norm.eps == 0.25
     x = torch.randn(5, 32)
-    assert torch.equal(norm(x), kind(32, eps=0.25)(x))
+    torch.testing.assert_close(norm(x), kind(32, eps=0.25)(x))
     assert [parameter.sequence_parallel for parameter in norm.parameters()] == [sequence_parallel] * (
         2 if normalization == "LayerNorm" else 1
     )
     assert config.sequence_parallel == sequence_parallel, "the config is another's"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 3, 48), (7, 48), (0, 48)], ids=str)
+def test_outputs_and_gradients_are_torchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(shape, generator=generator)).to(dtype).requires_grad_()
+    upstream = torch.randn(shape, generator=generator).to(dtype)
+    found, expected = [], []
+    for kind, results in ((RMSNorm, found), (torch.nn.RMSNorm, expected)):
+        norm = kind(48, eps=0.01, dtype=dtype)
+        with torch.no_grad():
+            norm.weight.copy_(torch.linspace(-1, 2, 48))
+        output = norm(x)
+        results += [output, *torch.autograd.grad(output, (x, norm.weight), upstream)]
+    torch.testing.assert_close(found, expected)
 
 
 def test_refuses_what_torch_cannot_do() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_tied.layers import swiglu
 from megatron_tied.layers.swiglu import weighted_swiglu
 
 
@@ -14,8 +15,13 @@ def plain(hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 33])
+@pytest.mark.parametrize("rows", [None, 8])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_outputs_and_gradients(tokens: int, dtype: torch.dtype) -> None:
+def test_outputs_and_gradients(
+    tokens: int, rows: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rows is not None:
+        monkeypatch.setattr(swiglu, "_ELEMENTS", rows * 24)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, 48, generator=generator).to(dtype).requires_grad_()
     probs = torch.rand(tokens, generator=generator).requires_grad_()

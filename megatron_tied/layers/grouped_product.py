@@ -1,0 +1,42 @@
+"""The product of every expert's tokens with its matrix, on CUDA and on hosts without."""
+
+from __future__ import annotations
+
+import torch
+
+# What a number of tokens is filled up to on a CPU with 16 bits.
+BLOCK = 64
+
+
+def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """rows [n, in], sorted by expert, times matrices [experts, in, out] gives [n, out], of one dtype.
+
+    offsets [experts] int32 are the ends of each expert's rows. Source: `torch.nn.functional.grouped_mm`.
+    """
+    if needs_few_shapes(rows):
+        return _by_blocks(rows, matrices, offsets)
+    return torch.nn.functional.grouped_mm(rows, matrices, offs=offsets)
+
+
+def needs_few_shapes(tensor: torch.Tensor) -> bool:
+    """Whether products with it cost a kernel's compilation per shape, as oneDNN's do, which a CPU has for 16 bits.
+
+    Routers give an expert another number of tokens every time, and to compile takes longer than to multiply.
+    """
+    return not tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _by_blocks(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    output = rows.new_empty(len(rows), matrices.shape[2])
+    start = 0
+    for end, matrix in zip(offsets.tolist(), matrices, strict=True):
+        filled = start + -(-(end - start) // BLOCK) * BLOCK
+        if filled <= len(rows):
+            # What this writes behind the expert's rows, the next experts overwrite.
+            torch.mm(rows[start:filled], matrix, out=output[start:filled])
+        elif (behind := end - (filled - start)) >= 0:
+            output[start:end] = torch.mm(rows[behind:end], matrix)[start - behind :]
+        else:
+            torch.mm(rows[start:end], matrix, out=output[start:end])
+        start = end
+    return output
