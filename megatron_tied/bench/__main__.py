@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import astuple
@@ -12,7 +13,7 @@ import torch
 
 from megatron_tied.bench.job import Job
 from megatron_tied.bench.measurement import Progress, measure, measure_alone
-from megatron_tied.bench.messages import PROBLEMS, PROGRESS, RESULT, told_line
+from megatron_tied.bench.messages import PROBLEMS, PROGRESS, result_of, told_line
 from megatron_tied.engine.groups import initialize_model_parallel
 from megatron_tied.errors import ConfigError
 from megatron_tied.training.startup import check_model, join_processes
@@ -42,14 +43,16 @@ def main(path: str) -> int:
     except ConfigError as error:
         _tell(PROBLEMS, [(field, str(value), valid) for field, value, valid in map(astuple, error.problems)])
         return _BAD_INPUT
-    _tell(RESULT, result)
+    if is_first():
+        # Not among the lines of all ranks, of which a long one can be torn.
+        result_of(Path(path)).write_text(json.dumps(result), encoding="utf-8")
     return 0
 
 
 def _tell(kind: str, content: Any) -> None:
     if not is_first():
         return
-    # In one piece: the lines of all ranks go into one pipe.
+    # Short, and in one piece: the lines of all ranks go into one pipe.
     sys.stdout.write(f"\n{told_line(kind, content)}\n")
     sys.stdout.flush()
 

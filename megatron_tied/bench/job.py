@@ -16,7 +16,10 @@ from megatron_tied.training.config_file import load_config, parse_config
 TIED, UNTIED, HUGGINGFACE, MEGATRON_CORE, AUTOEP = "tied", "untied", "huggingface", "megatron-core", "autoep"
 OPPONENTS = (UNTIED, HUGGINGFACE, MEGATRON_CORE, AUTOEP)
 # Those that run a model of Hugging Face transformers.
-_OF_TRANSFORMERS = (HUGGINGFACE, AUTOEP)
+OF_TRANSFORMERS = (HUGGINGFACE, AUTOEP)
+
+# What this package's engine would do, and a model of transformers under its peer's would not.
+_OURS_ONLY = ("moe_expert_capacity_factor", "recompute_granularity", "hidden_dropout", "moe_z_loss_coeff")
 
 _QUICKSTART = {"preset": "quickstart"}
 _QUICKSTART_TIE = {"group_size": 4}
@@ -130,8 +133,11 @@ def _opponent_problems(job: Job) -> Iterator[Problem]:
     if peers and (where := job.config.offload_device("offload_optimizer")):
         valid = f"must be left out with --against {','.join(peers)}"
         yield Problem("deepspeed.zero_optimization.offload_optimizer", where, valid)
+    if peers and (where := job.config.offload_device("offload_param")):
+        valid = f"must be left out with --against {','.join(peers)}"
+        yield Problem("deepspeed.zero_optimization.offload_param", where, valid)
     for name in job.opponents:
-        if name in _OF_TRANSFORMERS:
+        if name in OF_TRANSFORMERS:
             yield from _transformers_problems(job, name)
 
 
@@ -147,6 +153,9 @@ def transformers_json(config: RunConfig) -> dict[str, Any]:
 
 def _transformers_problems(job: Job, name: str) -> Iterator[Problem]:
     config = job.config_of(TIED if name == HUGGINGFACE else UNTIED)
+    for key in _OURS_ONLY:
+        if value := (config.model.model_extra or {}).get(key):
+            yield Problem(f"model.{key}", value, f"must be left out with --against {name}, which would do without it")
     try:
         model_type = transformers_json(config)["model_type"]
     except ConfigError as error:

@@ -21,7 +21,7 @@ _PARTS: Mapping[str, str] = {
     GEMM: "gemm grouped_mm addmm bmm nvjet cutlass xmma ::linear mkldnn",
     COPY: """copy memcpy memset index gather scatter permute sort topk cat embedding clone contiguous masked_select
         nonzero flip repeat one_hot histc bincount zero_ fill where take stack ::pad ::to radix""",
-    ELEMENT_WISE: """elementwise reduce softmax norm rms silu sigmoid multi_tensor foreach triton adam dropout
+    ELEMENT_WISE: """elementwise reduce softmax norm rms silu sigmoid multi_tensor foreach triton adam dropout hardtanh
         exp log sqrt lerp addc clamp sum mean max neg rsub""",
 }
 _NAMES: Mapping[str, str] = {
@@ -34,6 +34,8 @@ _LARGEST = 10
 
 def kind_of(name: str) -> str:
     """The kind, one of `KINDS`, of an operator or kernel."""
+    if name.startswith("autograd::"):
+        return OTHER  # what it calls has names of its own
     plain = name.lower().removesuffix("_")  # operators in place end so
     for kind, names in _NAMES.items():
         if plain in names.split():

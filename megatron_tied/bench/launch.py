@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tied.bench.job import Job
-from megatron_tied.bench.messages import PROBLEMS, PROGRESS, RESULT, read_line
+from megatron_tied.bench.messages import PROBLEMS, PROGRESS, read_line, result_of
 from megatron_tied.errors import ConfigError, Problem
 
 _LAST_LINES = 30
@@ -51,7 +52,10 @@ def run_on_ranks(job: Job, progress: Callable[[str, int, int], None]) -> dict[st
             errors="replace",
         )
         try:
-            return _listen(ranks, progress)
+            lines = _listen(ranks, progress)
+            if not result_of(file).exists():
+                raise RanksFailedError(ranks.returncode, lines)
+            return json.loads(result_of(file).read_text(encoding="utf-8"))
         finally:
             if ranks.poll() is None:
                 # torchrun ends its ranks when it is asked to end.
@@ -73,27 +77,24 @@ def with_peaks_on_cpu(result: dict[str, Any], job: Job, progress: Callable[[str,
             result["contenders"][name]["peak_memory"] = alone["peak_memory"]
 
 
-def _listen(ranks: subprocess.Popen[str], progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+def _listen(ranks: subprocess.Popen[str], progress: Callable[[str, int, int], None]) -> list[str]:
+    """Until they end; returns the last lines that they printed for people. Raises `ConfigError` for what they found."""
     others: deque[str] = deque(maxlen=_LAST_LINES)
-    result = problems = None
+    problems = None
     ended = False
     for line in ranks.stdout:
         ended = ended or _TORCHRUN_TELLS in line
         match read_line(line):
             case (kind, content) if kind == PROGRESS:
                 progress(*content)
-            case (kind, content) if kind == RESULT:
-                result = content
             case (kind, content) if kind == PROBLEMS:
                 problems = [Problem(*problem) for problem in content]
             case _ if not ended:
                 others.append(line.rstrip("\n"))
-    code = ranks.wait()
+    ranks.wait()
     if problems is not None:
         raise ConfigError(problems)
-    if result is None:
-        raise RanksFailedError(code, list(others))
-    return result
+    return list(others)
 
 
 def _environment(ranks: int) -> dict[str, str]:

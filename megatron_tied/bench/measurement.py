@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from statistics import median
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 
 from megatron_tied.bench.comparison import Comparison
 from megatron_tied.bench.contender import Contender, elements
-from megatron_tied.bench.job import TIED, Job
+from megatron_tied.bench.job import HUGGINGFACE, OF_TRANSFORMERS, TIED, Job
 from megatron_tied.bench.kernels import kernel_shares
 from megatron_tied.bench.machine import hardware, software
 from megatron_tied.bench.memory import PeakOfProcess, gradient_bytes, states_of, updated_elements
@@ -76,6 +78,9 @@ def measure(job: Job, progress: Progress) -> dict[str, Any]:
 def measure_alone(job: Job) -> dict[str, Any]:
     """The peak memory of the contender `job.alone`, in a process that has built nothing before. A collective."""
     batches = random_batches(job.config)
+    if job.alone in OF_TRANSFORMERS:
+        with suppress(ImportError):  # told when it is built
+            importlib.import_module("transformers.models.auto.modeling_auto")
     peak = PeakOfProcess()
     built = build(job, batches, [job.alone], lambda what: None)
     for contender in built.contenders:
@@ -94,7 +99,7 @@ def _examine(
     gradients = _MostGradients(contender)
     traffic = measure_traffic(contender, gradients.during(step), job.config.topology())
     peak = peak_of(step, built.resident[contender.name])
-    flops = _model_flops(job) / job.ranks / typical
+    flops = _model_flops(job, contender.name) / job.ranks / typical
     optimizer_bytes = _ADAMW_BYTES * updated_elements(contender) / phases["optimizer"]
     states = states_of(contender, gradients.most)
     return {
@@ -152,9 +157,9 @@ def _tokens(job: Job) -> int:
     return job.config.train.global_batch_size * job.config.train.seq_length
 
 
-def _model_flops(job: Job) -> int:
-    """Of a step on all ranks; tying changes none of them."""
-    config = job.config
+def _model_flops(job: Job, contender: str) -> int:
+    """Of a step on all ranks; tying changes them only where a tied bank has more experts, and its routers with it."""
+    config = job.config_of(TIED if contender == HUGGINGFACE else contender)
     model = config.model
     each = flops_per_token(model, config.topology(), config.train.seq_length, model.vocab_size)
     return each.training * _tokens(job)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 _MARK = "megatron-tied-bench "
-PROGRESS, RESULT, PROBLEMS = "progress", "result", "problems"
+PROGRESS, PROBLEMS = "progress", "problems"
+
+
+def result_of(job: Path) -> Path:
+    """Where the first rank writes what it found, as JSON, for the job in the file `job`."""
+    return job.with_name("result.json")
 
 
 def told_line(kind: str, content: Any) -> str:

@@ -9,9 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_tied.bench.job import TIED, UNTIED
+from megatron_tied.bench.job import HUGGINGFACE, TIED, UNTIED
 
 _MB, _GB = 10**6, 10**9
+# Of losses in bf16, relative.
+_ROUNDING = 2e-3
 _LARGEST_SHOWN, _LONGEST_NAME = 3, 60
 Row = Mapping[str, Any]
 
@@ -60,6 +62,7 @@ def _conclusions(result: Row) -> Iterator[str]:
     turns = f"{result['rounds']} rounds of {result['steps_of_a_turn']} steps"
     for name, comparison in result["comparisons"].items():
         yield f"speed of tied over {name}, {turns}: {comparison['told']}"
+    yield from different_models(result["contenders"])
     for name, reason in result["left_out"].items():
         yield f"{name} was left out: {reason}"
     contenders = result["contenders"]
@@ -69,6 +72,17 @@ def _conclusions(result: Row) -> Iterator[str]:
         if ours["bank_gathers"] is not None:
             gathers = [f"{row['bank_gathers']:.3g}" for row in (ours, theirs)]
             yield f"ZeRO 3 gathers per micro-batch of a tie group's experts: tied {gathers[0]}, untied {gathers[1]}"
+
+
+def different_models(contenders: Mapping[str, Row]) -> Iterator[str]:
+    """Warnings of peers whose first loss is another than that of our model, with whose weights they began."""
+    for name, row in contenders.items():
+        ours = contenders.get(TIED if name == HUGGINGFACE else UNTIED)
+        if ours is None or name in (TIED, UNTIED):
+            continue
+        first, expected = row["first_loss"], ours["first_loss"]
+        if abs(first - expected) > _ROUNDING * abs(expected):
+            yield f"WARNING: the first loss of {name} is {first:.4f} for {expected:.4f}: it computes another model"
 
 
 def _reduction_line(tied: int, untied: int) -> str:

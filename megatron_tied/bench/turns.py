@@ -84,11 +84,12 @@ def steps_of_a_turn(job: Job, contenders: Sequence[Contender], batches: Batches)
 def take_turns(
     contenders: Sequence[Contender], batches: Batches, *, rounds: int, steps: int
 ) -> Iterator[dict[str, float]]:
-    """Seconds a step of each contender, round by round; every second round goes in the opposite order."""
+    """Seconds a step of each contender, round by round; each round begins with another one."""
     gc.collect()
     gc.freeze()  # what imports and building have made is not to be looked at in the middle of a step
     for round_ in range(rounds):
-        order = contenders if round_ % 2 == 0 else list(reversed(contenders))
+        first = round_ % len(contenders)
+        order = [*contenders[first:], *contenders[:first]]
         yield {contender.name: contender.run(batches, steps) / steps for contender in order}
 
 

@@ -74,8 +74,8 @@ def _run_all(args: argparse.Namespace) -> int:
             results.append(result)
             console().print(report(result))
             # After each: a later config must not cost what an earlier one has found.
-            if args.json is not None:
-                args.json.write_text(json.dumps({"runs": results}, indent=2) + "\n", encoding="utf-8")
+            if args.json is not None and not _write(args.json, results):
+                return _FAILED
     except KeyboardInterrupt:
         return _INTERRUPTED
     except _failure() as error:
@@ -119,6 +119,15 @@ def _run(job: Any, *, with_memory: bool) -> dict[str, Any] | None:
         if with_memory and result["device"] == "cpu":
             with_peaks_on_cpu(result, job, bar.show)
     return result
+
+
+def _write(path: Path, results: list[dict[str, Any]]) -> bool:
+    try:
+        path.write_text(json.dumps({"runs": results}, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        print(f"error: --json {path} could not be written: {error.strerror}", file=sys.stderr)
+        return False
+    return True
 
 
 def _failure() -> type[Exception]:

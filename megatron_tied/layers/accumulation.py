@@ -72,10 +72,14 @@ class SharedGradient(UseSites):
 
         The tensors of `site` must not change until then.
         """
+        part = None
         if self.on_add is not None:
-            self.on_add(self.arrived, gradient_of(site))
+            part = gradient_of(site)
+            self.on_add(self.arrived, part)
         if self.fuses(site.tokens_per_expert):
             self._kept.append(site)
+        elif part is not None:
+            self._sum = part if self._sum is None else self._sum.add_(part)
         elif self._sum is None:
             self._sum = gradient_of(site)
         else:

@@ -58,5 +58,21 @@ class ClippedSelfAttention(SelfAttention):
     def get_query_key_value_tensors(self, *args, **kwargs):
         """As upstream; each returned tensor is clamped."""
         qkv = super().get_query_key_value_tensors(*args, **kwargs)
-        # Clamps with one kernel in each direction; `clamp` takes four in backward.
-        return tuple(torch.nn.functional.hardtanh(tensor, -self.qkv_clip, self.qkv_clip) for tensor in qkv)
+        return tuple(_Clip.apply(tensor, self.qkv_clip) for tensor in qkv)
+
+
+class _Clip(torch.autograd.Function):
+    """`torch.clamp` between -limit and limit, with one kernel in backward, where that takes four."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, limit: float) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        # At the limit itself the gradient passes, which it does not where `hardtanh` clips.
+        above = torch.nextafter(torch.tensor(limit, dtype=x.dtype), torch.tensor(torch.inf, dtype=x.dtype))
+        ctx.above = above.item()
+        return x.clamp(-limit, limit)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(gradient, x, -ctx.above, ctx.above), None

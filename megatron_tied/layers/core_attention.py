@@ -70,10 +70,9 @@ class ScaledDotProductAttention(MegatronModule):
         """
         if packed_seq_params is not None or attention_bias is not None:
             raise NotImplementedError("packed sequences and attention biases need Transformer Engine")
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        if not query.is_cuda:
-            # The CPU's kernel reads rows, which lie a whole batch apart in Megatron-Core's layout.
-            query, key, value = (tensor.contiguous() for tensor in (query, key, value))
+        # Rows that lie a whole batch apart, as Megatron-Core has them, are slow to read on a CPU; and a value that is a
+        # view would keep all of what the projection has made.
+        query, key, value = (tensor.permute(1, 2, 0, 3).contiguous() for tensor in (query, key, value))
         # Upstream's rule: ranks that share the sequence drop from the stream that each has of its own.
         stream = nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork()
         with stream if self.training and self.dropout else nullcontext():

@@ -127,7 +127,8 @@ class GroupedExperts(MegatronModule):
 
     def _activation(self, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         activation = self.config.activation_func
-        if self.config.gated_linear_unit and activation is torch.nn.functional.silu:
+        is_fused = not hidden.is_cuda or self.config.bias_activation_fusion
+        if self.config.gated_linear_unit and activation is torch.nn.functional.silu and is_fused:
             return weighted_swiglu(hidden, probs)
         if self.config.gated_linear_unit:
             gate, up = hidden.chunk(2, dim=-1)

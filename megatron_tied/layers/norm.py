@@ -30,11 +30,12 @@ class TorchNorm(WrappedTorchNorm):
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's, with half of its passes over memory on a CPU, where torch has no kernel of its own for it."""
+    """torch's, in float32 with half of its passes over memory on a CPU, where torch has no kernel of its own for it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., *normalized_shape] -> the same."""
-        if x.is_cuda or x.dtype not in (torch.float32, torch.float64) or len(self.normalized_shape) > 1:
+        plain = x.dtype == torch.float32 == getattr(self.weight, "dtype", None) and self.eps is not None
+        if x.is_cuda or not plain or x.dim() < 2 or len(self.normalized_shape) > 1:
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)
 

@@ -172,6 +172,9 @@ class ModelConfig(BaseModel):
         if tie.num_tied_experts is not None and tie.num_tied_experts < self.moe_router_topk:
             valid = f"must be at least model.moe_router_topk = {self.moe_router_topk}"
             raise ConfigError(Problem("tie.num_tied_experts", tie.num_tied_experts, valid))
+        if tie.weight_gradient == "fused" and self.expert_backend != "grouped":
+            valid = f"must be auto or immediate with model.expert_backend = {self.expert_backend!r}"
+            raise ConfigError(Problem("tie.weight_gradient", tie.weight_gradient, valid))
         return topology
 
     def cut_by_tensor_parallelism(self) -> dict[str, int]:

@@ -20,15 +20,17 @@ _INT64 = 8
 
 
 class Kernels(NamedTuple):
-    """Which kernels a host has: flash attention keeps no scores, a fused norm or activation no intermediates."""
+    """Which kernels a host has: flash attention keeps no scores, a fused norm or activation no intermediates, and a
+    product that adds to what is there wants no copy of several layers' tokens for a fused weight gradient."""
 
     fused_attention: bool
     fused_norm: bool
     fused_activation: bool
+    adding_product: bool
 
 
-UNFUSED = Kernels(False, False, False)
-FUSED = Kernels(True, True, True)
+UNFUSED = Kernels(False, False, False, True)
+FUSED = Kernels(True, True, True, False)
 
 # What each of Megatron-Core's recompute_modules leaves out, by the names of `LayerActivations.saved`.
 _LEFT_OUT: Mapping[str, tuple[str, ...]] = {
@@ -90,8 +92,10 @@ class LayerActivations:
     saved: Mapping[str, int]
     input: int
     backward: int
-    # Inputs and output gradients of the experts' products, which a fused weight gradient holds to the owner.
+    # Inputs and output gradients of the experts' products, which a fused weight gradient holds to the owner; and those
+    # of the larger product.
     weight_gradient_inputs: int
+    largest_gradient_inputs: int
 
     def kept(self, modules: frozenset[str]) -> int:
         """Bytes from forward to backward when `modules` are computed again."""
@@ -123,7 +127,7 @@ def layer_activations(
         ffn = tokens * model.ffn_hidden_size
         saved["dense MLP"] = _mlp_saved(model, kernels) * ffn * width
         backward = max(attention_backward, 3 * ffn * width + 2 * hidden * width)
-        return LayerActivations(saved, hidden * width, backward, 0)
+        return LayerActivations(saved, hidden * width, backward, 0, 0)
     routed, ffn = routed_tokens(model, layout), model.moe_ffn_hidden_size
     fc1_rows = 2 * ffn if model.gated_linear_unit else ffn
     experts = topology.num_experts(layer, model.num_moe_experts)
@@ -137,16 +141,16 @@ def layer_activations(
         saved["shared experts"] = _mlp_saved(model, kernels) * tokens * shared * width
     # Gradients of the experts' outputs and of both halves of their hidden states, each there twice for a moment.
     expert_backward = routed * (model.hidden_size + 2 * fc1_rows) * width + 2 * hidden * width
-    held = routed * (2 * model.hidden_size + ffn + fc1_rows) * width
-    return LayerActivations(saved, hidden * width, max(attention_backward, expert_backward), held)
+    held = [routed * (model.hidden_size + other) * width for other in (fc1_rows, ffn)]
+    return LayerActivations(saved, hidden * width, max(attention_backward, expert_backward), sum(held), max(held))
 
 
 def _norm(model: ModelConfig, layout: Layout, features: int, kernels: Kernels) -> int:
     """What a norm over `features` per token saves beside its output."""
     numbers = layout.tokens * features
-    if kernels.fused_norm or model.normalization == "LayerNorm":
+    if kernels.fused_norm or model.normalization == "LayerNorm" or layout.precision == "fp32":
         return numbers * layout.width + layout.tokens * _FP32
-    # Unfused RMSNorm computes in fp32 and saves its input and the normalised input in it.
+    # PyTorch's RMSNorm computes in fp32 and saves its input and the normalised input in it.
     return 2 * numbers * _FP32 + layout.tokens * _FP32
 
 
@@ -158,8 +162,12 @@ def _attention(model: ModelConfig, layout: Layout, kernels: Kernels) -> dict[str
     is_fused = kernels.fused_attention or not is_latent(model)
     numbers = sizes.query + (sizes.key if is_fused else sizes.query) + sizes.output
     extra, whole_is_kept = _before_attention(model, layout, kernels)
-    # The value is a view of what came out of the projection, and keeps all of it.
-    numbers += 0 if whole_is_kept else _projected(model, sizes)
+    if kernels.fused_attention:
+        # The value is a view of what came out of the projection, and keeps all of it.
+        numbers += 0 if whole_is_kept else _projected(model, sizes)
+    else:
+        # `ScaledDotProductAttention` copies it, and PyTorch's fused kernel leaves an output that is copied, too.
+        numbers += sizes.value + (sizes.output if is_fused else 0)
     saved = tokens * numbers * width + extra
     if is_fused:
         return {"attention": saved, "attention scores": tokens * heads * _FP32}
@@ -190,8 +198,10 @@ def _before_attention(model: ModelConfig, layout: Layout, kernels: Kernels) -> t
     if not model.qk_layernorm:
         return saved, False
     saved += _norm(model, layout, sizes.query, kernels) + _norm(model, layout, sizes.key, kernels)
-    # The key's norm saves its input where it lies, beside query and value, unless it has made it fp32 first.
+    # The key's norm saves its input where it lies, beside query and value, unless it has made it fp32 first, or has
+    # put the heads together.
     in_place = layout.precision == "fp32" or kernels.fused_norm or model.normalization == "LayerNorm"
+    in_place = in_place and model.qk_norm_scope == "head"
     if in_place:
         saved += tokens * (sizes.query + sizes.value) * width
     return saved, in_place

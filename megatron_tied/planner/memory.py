@@ -108,7 +108,7 @@ class _Stage:
         states: ModelStates,
     ):
         self.model, self.topology, self.layout, self.layers = model, topology, layout, layers
-        self.states = states
+        self.states, self.kernels = states, kernels
         kinds: dict[int | None, LayerActivations] = {}
         self.activations: dict[int, LayerActivations] = {}
         for layer in layers:
@@ -162,15 +162,26 @@ class _Stage:
                 waiting[bank] = waiting.get(bank, 0) + one.weight_gradient_inputs
             again = recomputed(self.activations, layer, recompute, total)
             now = below + saved + gradients + again + one.backward + sum(waiting.values()) + self._fresh(layer)
+            if is_owner := bank is not None and layer == self.topology.banks[bank].owner:
+                now += self._concatenated(bank) if bank in waiting else 0
             highest = max(highest, now)
             saved -= kept[layer]
-            if bank is not None and layer == self.topology.banks[bank].owner:
+            if is_owner:
                 waiting.pop(bank, None)
         return highest
 
     def _fuses(self, bank: Bank) -> bool:
+        if self.model.expert_backend != "grouped":
+            return False
         experts = self.topology.num_experts(bank, self.model.num_moe_experts) // self.layout.expert_parallel
         return self.topology.fuses_weight_gradient(bank, routed_tokens(self.model, self.layout) / experts)
+
+    def _concatenated(self, bank: int) -> int:
+        """Bytes of the copy of all its layers' tokens that a bank's weight gradient is made of in one product."""
+        if self.kernels.adding_product:
+            return 0
+        layers = [layer for layer in self.topology.banks[bank].layers if layer in self.layers]
+        return sum(self.activations[layer].largest_gradient_inputs for layer in layers)
 
     def _kept(self, layer: int) -> int:
         recompute = self.layout.recompute

@@ -85,6 +85,16 @@ def _shim_dispatcher() -> None:
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none on a CPU host"
 
 
+def _shim_softmax() -> None:
+    """Upstream's core attention makes the mask it is not given on a CUDA device."""
+    from megatron.core.fusions import fused_softmax
+
+    def causal_mask(length: int) -> torch.Tensor:
+        return torch.ones(length, length, dtype=torch.bool).triu(diagonal=1)
+
+    fused_softmax.get_default_causal_mask = causal_mask
+
+
 def skip_inference_kernel() -> None:
     """Keep DeepSpeed from compiling, in each new environment of a CPU host, an all-reduce that only inference uses.
 
@@ -105,4 +115,5 @@ def install_shims() -> None:
     _import_without_compiling()
     _shim_rng()
     _shim_dispatcher()
+    _shim_softmax()
     _silence_cuda_advice()

@@ -48,10 +48,10 @@ def reuse_large_blocks() -> None:
     system fills with zeros: a bank's gradient then takes longer to come by than to compute
     (examples/benchmarks/weight_gradient.md).
     """
-    library = ctypes.CDLL(None)
-    if not torch.cuda.is_available() and hasattr(library, "mallopt"):
-        library.mallopt(_MMAP_THRESHOLD, _LARGEST_BLOCK)
-        library.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_BLOCK - 1)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Some versions refuse more than 32 MB; and any threshold that is set ends their own adjusting of both.
+    if not torch.cuda.is_available() and mallopt is not None and mallopt(_MMAP_THRESHOLD, _LARGEST_BLOCK):
+        mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_BLOCK - 1)
 
 
 def ranks_on_this_host() -> int:

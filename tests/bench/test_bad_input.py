@@ -48,6 +48,14 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
             ["--against", "huggingface", "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"],
             "deepspeed.zero_optimization.offload_optimizer = 'cpu': must be left out with --against huggingface",
         ),
+        (
+            ["--against", "huggingface", "deepspeed={zero_optimization: {stage: 3, offload_param: {device: cpu}}}"],
+            "deepspeed.zero_optimization.offload_param = 'cpu': must be left out with --against huggingface",
+        ),
+        (
+            ["--against", "huggingface", "model.moe_expert_capacity_factor=0.5"],
+            "model.moe_expert_capacity_factor = 0.5: must be left out with --against huggingface",
+        ),
         (["--against", "huggingface", "model.qk_layernorm=false"], "model.qk_layernorm = False: must be true"),
         (
             ["--against", "huggingface", "tie.num_tied_experts=32"],

@@ -7,9 +7,11 @@ from collections import Counter
 import pytest
 import torch
 
+from megatron_tied.bench.job import HUGGINGFACE, MEGATRON_CORE, TIED, UNTIED
 from megatron_tied.bench.kernels import Interval, kind_of, own_times, shares
 from megatron_tied.bench.memory import PeakOfProcess, storage_bytes, used_bytes
-from megatron_tied.bench.messages import RESULT, read_line, told_line
+from megatron_tied.bench.messages import PROGRESS, read_line, told_line
+from megatron_tied.bench.report import different_models
 from megatron_tied.bench.roofline import Ceilings
 from megatron_tied.bench.traffic import attribute
 
@@ -19,6 +21,8 @@ from megatron_tied.bench.traffic import attribute
     [
         ("aten::mm", "GEMM"),
         ("aten::_grouped_mm", "GEMM"),
+        ("aten::hardtanh_backward", "element-wise"),
+        ("autograd::engine::evaluate_function: AddmmBackward0", "other"),
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopB_TNT", "GEMM"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "GEMM"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
@@ -108,9 +112,17 @@ def test_of_two_measurements_the_higher_ceilings_stand() -> None:
     assert Ceilings(2.0, 5.0).or_better(Ceilings(3.0, 4.0)) == Ceilings(3.0, 5.0)
 
 
+def test_a_peer_that_computes_another_model_is_told() -> None:
+    losses = {TIED: 5.25, UNTIED: 5.5, HUGGINGFACE: 5.27, MEGATRON_CORE: 5.501}
+    rows = {name: {"first_loss": loss} for name, loss in losses.items()}
+    assert list(different_models(rows)) == [
+        "WARNING: the first loss of huggingface is 5.2700 for 5.2500: it computes another model"
+    ]
+
+
 def test_messages_are_found_among_other_lines() -> None:
-    line = told_line(RESULT, {"ratio": None})
-    assert read_line(line) == (RESULT, {"ratio": None})
-    assert read_line(f"[rank 0] {line}") == (RESULT, {"ratio": None})
+    line = told_line(PROGRESS, {"ratio": None})
+    assert read_line(line) == (PROGRESS, {"ratio": None})
+    assert read_line(f"[rank 0] {line}") == (PROGRESS, {"ratio": None})
     assert read_line("INFO: loaded") is None
     assert read_line(line[:-4]) is None

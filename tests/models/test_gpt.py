@@ -11,7 +11,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tied import ConfigError, ModelConfig, TieConfig, build_gpt_model, tied_decoder_block_spec
-from megatron_tied.layers.attention import ProjectionRMSNorm
+from megatron_tied.layers.attention import ProjectionRMSNorm, _Clip
 from megatron_tied.models.gpt import transformer_config
 from megatron_tied.planner.parameters import count_parameters
 from tests.distributed.training_run import Case, load_reference
@@ -64,6 +64,24 @@ def test_query_key_and_value_are_clipped_at_both_ends():
     ):
         assert plain.abs().max() > 0.25
         assert torch.equal(clipped, plain.clamp(-0.25, 0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_pass_a_clip_as_they_pass_a_clamp(dtype: torch.dtype) -> None:
+    x = torch.tensor([-9, -8, -7.96875, 0, 7.96875, 8, 8.0625], dtype=dtype, requires_grad=True)
+    upstream = torch.arange(1, 8, dtype=dtype)
+    (found,) = torch.autograd.grad(_Clip.apply(x, 8.0), x, upstream)
+    (expected,) = torch.autograd.grad(x.clamp(-8, 8), x, upstream)
+    assert torch.equal(found, expected)
+    assert expected.tolist() == [0, 2, 3, 4, 5, 6, 0]
+
+
+def test_attention_that_only_upstream_has_masks_without_a_mask(one_process: None) -> None:
+    """`LossFunction` leaves the mask to core attention, and upstream makes its own on a CUDA device."""
+    model = build(softmax_type="learnable")
+    tokens, positions = torch.randint(64, (2, 8)), torch.arange(8).expand(2, 8)
+    mask = torch.ones(8, 8).triu(1).bool()[None, None]
+    assert torch.equal(model(tokens, positions, None), model(tokens, positions, mask))
 
 
 # ---- parameters -------------------------------------------------------------------------------------------

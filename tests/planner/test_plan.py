@@ -99,13 +99,24 @@ def test_offload_moves_states_to_the_host() -> None:
 def test_a_fused_weight_gradient_keeps_the_inputs_of_a_group() -> None:
     """They wait for the owner's backward, when the activations of later layers, and those of the loss, are gone."""
     ways = [TieConfig(group_size=4, weight_gradient=how) for how in ("immediate", "fused")]
-    immediate, fused = (olmoe(tie, micro_batch_size=4) for tie in ways)
-    assert fused.memory.activations >= immediate.memory.activations
     recomputed = {"recompute": Recompute(method="uniform"), "micro_batch_size": 4}
     immediate, fused = (olmoe(tie, **recomputed) for tie in ways)
     tokens = 4 * 2048 * 8
     held = tokens * (2 * 2048 + 3 * 1024) * 2  # inputs and output gradients of both products
-    assert held < fused.memory.activations - immediate.memory.activations < 4 * held
+    copied = 4 * tokens * (2048 + 2 * 1024) * 2  # those of the first, of four layers, put together
+    assert held < fused.memory.activations - immediate.memory.activations - copied < 4 * held
+
+
+def test_only_grouped_experts_fuse() -> None:
+    other = subject(expert_backend="te")
+    with pytest.raises(ConfigError, match="must be auto or immediate"):
+        other.model.topology(TieConfig(group_size=4, weight_gradient="fused"))
+    recompute = Recompute(method="uniform")
+    layout = Layout(world_size=8, seq_length=2048, global_batch_size=256, micro_batch_size=4, recompute=recompute)
+    plans = [other.plan(TieConfig(group_size=4, weight_gradient=how), layout) for how in ("immediate", "auto")]
+    assert plans[0].memory.activations == plans[1].memory.activations
+    grouped = subject().plan(TieConfig(group_size=4, weight_gradient="fused"), layout)
+    assert grouped.memory.activations > plans[0].memory.activations
 
 
 def test_a_tied_bank_collects_its_gradient_beside_what_is_made() -> None:
