@@ -73,7 +73,7 @@ def main(path: str, *overrides: str) -> None:
     initialize_model_parallel(config.parallel.expert_model_parallel_size, config.parallel.tensor_model_parallel_size)
     engine, *_ = build_engine(config)
     on, off = Monitoring(config, engine, LastUse(config.monitor.every)), Off(engine)
-    loss_function = LossFunction(config.train.seq_length, device())
+    loss_function = LossFunction(device())
     settings = config.monitor
     # Of each kind a step that is one: 0 is a multiple of everything.
     numbers = {"off": 1, "on": 1, "observed": settings.every, "examined": settings.expensive_every}

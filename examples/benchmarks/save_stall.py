@@ -42,7 +42,7 @@ def main(path: str, *overrides: str) -> None:
     initialize_model_parallel(config.parallel.expert_model_parallel_size, config.parallel.tensor_model_parallel_size)
     engine, layout, figures = build_engine(config)
     monitoring = Monitoring(config, engine, last_use := LastUse(config.monitor.every))
-    state, loss_function = RunState(config, engine, layout, last_use), LossFunction(config.train.seq_length, device())
+    state, loss_function = RunState(config, engine, layout, last_use), LossFunction(device())
     group = torch.distributed.new_group(backend="gloo")
     made = tempfile.mkdtemp() if torch.distributed.get_rank() == 0 else None
     directory = CheckpointDirectory(Path(gather_json(made)[0]))

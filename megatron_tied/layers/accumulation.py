@@ -57,7 +57,8 @@ class SharedGradient(UseSites):
     """The gradient of one weight, summed over its use sites here rather than by autograd.
 
     A use site for whose tokens per expert `fuses` says True is kept for the last one, and is then multiplied together
-    with the others. `on_add(arrived, gradient)` is called, if set, with each use site's part and how many came before.
+    with the others. `on_add(arrived, gradient)` is called, if set, with how many came before and each use site's part,
+    which it must not keep: the others are added to it.
     """
 
     def __init__(self) -> None:

@@ -60,8 +60,8 @@ class Decisions:
 class RecordingLoss(LossFunction):
     """Lets `decisions` note forward passes alone."""
 
-    def __init__(self, length: int, decisions: Decisions):
-        super().__init__(length, torch.device("cpu"))
+    def __init__(self, decisions: Decisions):
+        super().__init__(torch.device("cpu"))
         self.decisions = decisions
 
     def __call__(self, engine: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -98,7 +98,7 @@ def run(values: dict[str, Any], batches: Tensor) -> list[dict[str, Any]]:
         monitoring = Watched(config, engine, LastUse(every=1))
         monitoring.engine = engine
         decisions = Decisions(engine.module)
-        loss_function = RecordingLoss(config.train.seq_length, decisions)
+        loss_function = RecordingLoss(decisions)
         steps = []
         for number, batch in enumerate(batches, start=1):
             before = whole(engine.module, full_weights(engine.module))
