@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_tied.layers.accumulation import SharedGradient
+from megatron_tied.layers.weight_gradient import gradient_of
 from tests.distributed.training_run import (
     Case,
     build_engine,
@@ -47,7 +48,7 @@ def main(job_file: str, result_file: str) -> None:
     """
     job = torch.load(job_file, weights_only=False)
     if job.get("without_accumulation"):
-        SharedGradient.add = lambda self, gradient: gradient
+        SharedGradient.add = lambda self, site: gradient_of(site)
     traces = []
     for case in job["cases"]:
         try:

@@ -10,6 +10,7 @@ import torch
 from megatron_tied import TieConfig
 from megatron_tied.layers.banks import gradient_sites
 from megatron_tied.layers.moe_layer import tied_layers
+from megatron_tied.layers.weight_gradient import Site
 from megatron_tied.monitor import use_sites
 from megatron_tied.monitor.use_sites import UseSiteGradients, gradient_agreement
 from tests.tiny_model import build
@@ -68,6 +69,13 @@ def test_a_sampled_cosine_is_near_the_whole_one(monkeypatch: pytest.MonkeyPatch)
     assert found["gradient_cosine"] == pytest.approx(whole["gradient_cosine"], abs=0.02)
 
 
+def with_gradient(gradient: torch.Tensor) -> Site:
+    """A use site that gives `gradient` [experts, out, in]: each expert's tokens are the unit vectors."""
+    experts, _, width = gradient.shape
+    ends = torch.arange(1, experts + 1, dtype=torch.int32) * width
+    return Site(torch.eye(width).repeat(experts, 1), gradient.transpose(1, 2).flatten(0, 1), ends)
+
+
 @pytest.mark.usefixtures("one_process")
 def test_weights_of_different_size_count_by_their_size(monkeypatch: pytest.MonkeyPatch):
     """The gradients of one weight agree, those of another, half as large, are opposed: both sampled to one length."""
@@ -79,8 +87,8 @@ def test_weights_of_different_size_count_by_their_size(monkeypatch: pytest.Monke
     generator = torch.Generator().manual_seed(0)
     for site, shape, sign in zip(sites, ((8, 32, 32), (8, 32, 16)), (1, -1), strict=True):
         gradient = torch.randn(shape, generator=generator)
-        site.add(gradient.clone())
-        site.add(sign * gradient)
+        site.add(with_gradient(gradient))
+        site.add(with_gradient(sign * gradient))
     (found,) = map(gradient_agreement, watch.take().values())
     assert found["gradient_cosine"] == pytest.approx(1 / 3, abs=0.06)
     assert found["gradient_cancellation"] == pytest.approx(1 - math.sqrt(2 / 3), abs=0.03)
