@@ -49,6 +49,8 @@ FROZEN = "optimizer.freeze=[norms]"
 LATENT = [
     *("model.multi_latent_attention=true", "model.q_lora_rank=16", "model.kv_lora_rank=16", "model.qk_head_dim=8"),
     *("model.qk_pos_emb_head_dim=4", "model.v_head_dim=12", "model.qk_layernorm=true", "model.rope_type=rope"),
+    # A norm over so few numbers, some of them all near 0, would make third digits of last bits.
+    "model.layernorm_epsilon=0.01",
     *("model.recompute_granularity=selective", "model.recompute_modules=[mla_up_proj]"),
 ]
 WITH_FROZEN = {
