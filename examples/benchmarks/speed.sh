@@ -14,15 +14,15 @@ bench() {
 
 shape=(--config examples/benchmarks/olmoe_shape.yaml --steps 1 --rounds 8 --no-memory)
 bf16=(train.precision=bf16 deepspeed.zero_optimization.stage=1)
+few=(train.seq_length=256 train.micro_batch_size=1 train.global_batch_size=2)
 two=(parallel.expert_model_parallel_size=2 train.global_batch_size=8)
 : > "$out"
 bench "${shape[@]}" --against untied,huggingface
 bench "${shape[@]}" --against untied,huggingface "${bf16[@]}"
-bench "${shape[@]}" --ranks 2 "${two[@]}"
-bench "${shape[@]}" --ranks 2 "${two[@]}" "${bf16[@]}"
-bench --against untied,huggingface,megatron-core deepspeed.zero_optimization.stage=0
 bench --ranks 2 --no-memory
-bench --ranks 2 --no-memory train.precision=bf16
 for stage in 2 3; do
   bench --ranks 2 --no-memory parallel.expert_model_parallel_size=1 deepspeed.zero_optimization.stage=$stage
 done
+bench "${shape[@]}" --ranks 2 "${two[@]}"
+bench "${shape[@]}" --ranks 2 "${two[@]}" "${bf16[@]}"
+bench "${shape[@]}" --ranks 2 "${two[@]}" "${few[@]}"
