@@ -1,6 +1,6 @@
 """DeepSpeed's AutoEP as a contender: the untied Hugging Face model, its experts spread over ranks by DeepSpeed."""
 
-# ruff: noqa: E402  (Megatron-Core must be imported after the host is prepared)
+# ruff: noqa: E402  (DeepSpeed must be imported after the host is prepared: it looks for an accelerator)
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -22,9 +22,8 @@ from megatron_tied.engine.engine import TiedMoEEngine
 from megatron_tied.engine.initialize import initialize
 from megatron_tied.engine.parameter_groups import parameter_groups
 from megatron_tied.layers.initialization import initialize_experts
-from megatron_tied.models.gpt import transformer_config
+from megatron_tied.models.gpt import assemble, transformer_config
 from megatron_tied.models.initialization import initialize_weights
-from megatron_tied.models.spec import use_projection_norm, use_qkv_clip
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.evaluation import LossFunction
 from megatron_tied.training.optimizer import adamw
@@ -53,8 +52,7 @@ def build_megatron_core(job: Job) -> Contender:
 def plain_gpt_model(config: RunConfig) -> GPTModel:
     """The untied model made of Megatron-Core's own layers, with Transformer Engine where it is installed.
 
-    OLMoE's norm and clipping, which Megatron-Core has not, are this package's. Weights are those that
-    `build_gpt_model` gives it.
+    OLMoE's norm and clipping, which Megatron-Core has not, are this package's, and so are the weights it begins with.
     """
     model, seed = config.model, config.train.seed
     transformer = transformer_config(model, precision=config.train.precision)
@@ -63,20 +61,7 @@ def plain_gpt_model(config: RunConfig) -> GPTModel:
     # Without Transformer Engine upstream's grouped experts are a class that it no longer maintains.
     own.moe_grouped_gemm = HAVE_TE
     block = get_gpt_decoder_block_spec(own, use_transformer_engine=HAVE_TE, normalization=own.normalization)
-    if model.qk_norm_scope == "projection":
-        use_projection_norm(block, own.num_attention_heads, own.num_query_groups)
-    if model.qkv_clip is not None:
-        use_qkv_clip(block, model.qkv_clip)
-    gpt = GPTModel(
-        config=own,
-        transformer_layer_spec=block,
-        vocab_size=model.vocab_size,
-        max_sequence_length=model.max_position_embeddings or 0,
-        position_embedding_type="rope",
-        rotary_base=model.rotary_base,
-        rotary_percent=model.rotary_percent,
-        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-    )
+    gpt = assemble(model, own, block)
     initialize_weights(gpt, own, seed)
     layers = [module for module in gpt.modules() if isinstance(module, MoELayer)]
     for bank, layer in enumerate(layers):

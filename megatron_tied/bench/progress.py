@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
 
-class Bar:
-    """Rounds done, on standard error of the first rank."""
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """On standard error of the first rank; gives a function of what is being done, how many rounds are, and of how many."""
+    shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    with tqdm(unit="round", dynamic_ncols=True, leave=False, disable=not shown) as bar:
 
-    def __init__(self) -> None:
-        shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-        self._bar = tqdm(unit="round", dynamic_ncols=True, leave=False, disable=not shown)
+        def show(what: str, done: int, total: int) -> None:
+            bar.n, bar.total = done, total
+            bar.set_description(what)
 
-    def show(self, what: str, done: int, total: int) -> None:
-        """Say what is being done, how much of it is, and of how much."""
-        self._bar.total = total
-        self._bar.n = done
-        self._bar.set_description(what)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
+        yield show

@@ -107,17 +107,17 @@ def _jobs(args: argparse.Namespace, opponents: tuple[str, ...]) -> list[Any]:
 
 def _run(job: Any, *, with_memory: bool) -> dict[str, Any] | None:
     from megatron_tied.bench.launch import run_on_ranks, with_peaks_on_cpu
-    from megatron_tied.bench.progress import Bar
+    from megatron_tied.bench.progress import progress_bar
 
-    with Bar() as bar:
+    with progress_bar() as show:
         if "RANK" in os.environ:
             from megatron_tied.bench.__main__ import is_first, run_job
 
-            result = run_job(job, bar.show)
+            result = run_job(job, show)
             return result if is_first() else None
-        result = run_on_ranks(job, bar.show)
+        result = run_on_ranks(job, show)
         if with_memory and result["device"] == "cpu":
-            with_peaks_on_cpu(result, job, bar.show)
+            with_peaks_on_cpu(result, job, show)
     return result
 
 

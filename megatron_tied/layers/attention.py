@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.attention import SelfAttention
@@ -67,12 +69,17 @@ class _Clip(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, limit: float) -> torch.Tensor:
         ctx.save_for_backward(x)
-        # At the limit itself the gradient passes, which it does not where `hardtanh` clips.
-        above = torch.nextafter(torch.tensor(limit, dtype=x.dtype), torch.tensor(torch.inf, dtype=x.dtype))
-        ctx.above = above.item()
+        ctx.limit = limit
         return x.clamp(-limit, limit)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         (x,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(gradient, x, -ctx.above, ctx.above), None
+        # At the limit itself the gradient passes, which it does not where `hardtanh` clips.
+        above = _next_above(ctx.limit, x.dtype)
+        return torch.ops.aten.hardtanh_backward(gradient, x, -above, above), None
+
+
+@cache
+def _next_above(number: float, dtype: torch.dtype) -> float:
+    return torch.nextafter(torch.tensor(number, dtype=dtype), torch.tensor(torch.inf, dtype=dtype)).item()

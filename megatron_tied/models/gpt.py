@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.experts import HAVE_TE
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_tied.errors import ConfigError, Problem
@@ -104,11 +105,18 @@ def build_gpt_model(
     block = tied_decoder_block_spec(
         config, topology, use_transformer_engine=use_te, expert_backend=model.expert_backend
     )
+    gpt = assemble(model, config, block)
+    initialize_weights(gpt, config, seed)
+    return gpt
+
+
+def assemble(model: ModelConfig, config: TransformerConfig, block: TransformerBlockSubmodules) -> GPTModel:
+    """The GPTModel of a decoder block's spec, which gets OLMoE's norm and clipping here; its weights are not filled."""
     if model.qk_norm_scope == "projection":
         use_projection_norm(block, config.num_attention_heads, config.num_query_groups)
     if model.qkv_clip is not None:
         use_qkv_clip(block, model.qkv_clip)
-    gpt = GPTModel(
+    return GPTModel(
         config=config,
         transformer_layer_spec=block,
         vocab_size=model.vocab_size,
@@ -119,5 +127,3 @@ def build_gpt_model(
         rotary_percent=model.rotary_percent,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
     )
-    initialize_weights(gpt, config, seed)
-    return gpt

@@ -41,7 +41,8 @@ def by_loop(site: Site) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_of_one_of_another_and_of_all(dtype: torch.dtype) -> None:
     expected = sum(by_loop(site) for site in sites(dtype))
-    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-1}
+    # Of an expert's gradient, relative: a few roundings to the dtype.
+    limit = 4 * torch.finfo(dtype).eps
     first, *others = sites(dtype)
     total = gradient_of(first)
     for other in others:
@@ -49,7 +50,8 @@ def test_of_one_of_another_and_of_all(dtype: torch.dtype) -> None:
     for found in (total, gradient_of_all(sites(dtype)), gradient_of(concatenated(sites(dtype)))):
         assert found.dtype == dtype
         assert found.shape == (EXPERTS, OUT, WIDTH)
-        torch.testing.assert_close(found.double(), expected, **tolerance)
+        errors = (found.double() - expected).norm(dim=(1, 2)) / expected.norm(dim=(1, 2))
+        assert errors.max() < limit
 
 
 def test_tokens_that_are_put_together_stay_sorted_by_expert_and_site() -> None:
