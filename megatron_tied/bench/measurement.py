@@ -99,7 +99,7 @@ def _examine(
     gradients = _MostGradients(contender)
     traffic = measure_traffic(contender, gradients.during(step), job.config.topology())
     peak = peak_of(step, built.resident[contender.name])
-    flops = _model_flops(job, contender.name) / job.ranks / typical
+    flops = model_flops(job, contender.name) / job.ranks / typical
     optimizer_bytes = _ADAMW_BYTES * updated_elements(contender) / phases["optimizer"]
     states = states_of(contender, gradients.most)
     return {
@@ -157,7 +157,7 @@ def _tokens(job: Job) -> int:
     return job.config.train.global_batch_size * job.config.train.seq_length
 
 
-def _model_flops(job: Job, contender: str) -> int:
+def model_flops(job: Job, contender: str) -> int:
     """Of a step on all ranks; tying changes them only where a tied bank has more experts, and its routers with it."""
     config = job.config_of(TIED if contender == HUGGINGFACE else contender)
     model = config.model

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """On standard error of the first rank; gives a function of what is being done, how many rounds are, and of how many."""
+    """On standard error of the first rank; gives a function of what is being done, and of rounds done and in all."""
     shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     with tqdm(unit="round", dynamic_ncols=True, leave=False, disable=not shown) as bar:
 

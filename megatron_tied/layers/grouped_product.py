@@ -30,13 +30,12 @@ def _by_blocks(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor
     output = rows.new_empty(len(rows), matrices.shape[2])
     start = 0
     for end, matrix in zip(offsets.tolist(), matrices, strict=True):
-        filled = start + -(-(end - start) // BLOCK) * BLOCK
-        if filled <= len(rows):
-            # What this writes behind the expert's rows, the next experts overwrite.
-            torch.mm(rows[start:filled], matrix, out=output[start:filled])
-        elif (behind := end - (filled - start)) >= 0:
-            output[start:end] = torch.mm(rows[behind:end], matrix)[start - behind :]
+        size = -(-(end - start) // BLOCK) * BLOCK
+        if start + size > len(rows) and end >= size:
+            # Too near the end to run over: the rows before are multiplied, too, and what comes of them is left.
+            output[start:end] = torch.mm(rows[end - size : end], matrix)[size - (end - start) :]
         else:
-            torch.mm(rows[start:end], matrix, out=output[start:end])
+            # What this writes behind the expert's rows, the next experts overwrite.
+            torch.mm(rows[start : start + size], matrix, out=output[start : start + size])
         start = end
     return output

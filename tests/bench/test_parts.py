@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_tied.bench.job import HUGGINGFACE, MEGATRON_CORE, TIED, UNTIED
+from megatron_tied.bench.job import HUGGINGFACE, MEGATRON_CORE, TIED, UNTIED, Job, load_subject
 from megatron_tied.bench.kernels import Interval, kind_of, own_times, shares
+from megatron_tied.bench.measurement import model_flops
 from megatron_tied.bench.memory import PeakOfProcess, storage_bytes, used_bytes
 from megatron_tied.bench.messages import PROGRESS, read_line, told_line
 from megatron_tied.bench.report import different_models
 from megatron_tied.bench.roofline import Ceilings
 from megatron_tied.bench.traffic import attribute
+from megatron_tied.bench.turns import take_turns
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,26 @@ def test_a_peer_that_computes_another_model_is_told() -> None:
     assert list(different_models(rows)) == [
         "WARNING: the first loss of huggingface is 5.2700 for 5.2500: it computes another model"
     ]
+
+
+def test_every_contender_begins_a_round_as_often_as_the_others() -> None:
+    ran: list[str] = []
+
+    def contender(name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=name, run=lambda batches, steps: ran.append(name) or 2.0 * steps)
+
+    rounds = list(take_turns([contender(name) for name in "abc"], lambda step: [], rounds=4, steps=5))
+    assert "".join(ran) == "abcbcacababc"
+    assert rounds == [dict.fromkeys("abc", 2.0)] * 4
+
+
+def test_flops_are_those_of_each_contenders_model() -> None:
+    """A wider tied bank has wider routers; the peers of the untied model have not."""
+    subject = load_subject(None, ["tie.num_tied_experts=32", "model.vocab_size=512"], 1, precision="fp32")
+    job = Job(subject, 1)
+    plain = Job(load_subject(None, ["model.vocab_size=512"], 1, precision="fp32"), 1)
+    assert model_flops(job, TIED) == model_flops(job, HUGGINGFACE) > model_flops(job, UNTIED)
+    assert model_flops(job, UNTIED) == model_flops(job, MEGATRON_CORE) == model_flops(plain, TIED)
 
 
 def test_messages_are_found_among_other_lines() -> None:

@@ -91,6 +91,17 @@ def test_the_sum_is_handed_on_once_and_the_next_pass_begins_anew(shared_by):
     assert told == [False, False, True] * 2
 
 
+def test_who_looks_on_is_told_every_part_and_changes_nothing(shared_by):
+    shared = shared_by(3)
+    told: list[tuple[int, float]] = []
+    shared.on_add = lambda arrived, part: told.append((arrived, part.unique().item()))
+    for _ in range(2):
+        results = [shared.add(site(value)) for value in (1, 10, 100)]
+        assert results[:2] == [None, None]
+        assert torch.equal(results[2], torch.full((1, 16, 16), 111.0))
+    assert told == [(0, 1), (1, 10), (2, 100)] * 2
+
+
 def test_what_an_aborted_pass_left_is_forgotten(shared_by):
     shared = shared_by(2)
     shared.add(site(1))
