@@ -49,7 +49,7 @@ class TieRequest:
         Raises ConfigError for each that contradicts what is asked for.
         """
         wanted = self.flags()
-        defaults = {flag(NAMES[name]): _word(value) for name, value in vars(TieConfig()).items()}
+        defaults = {flag(name): _word(getattr(TieConfig(), field)) for field, name in NAMES.items()}
         if contradictions := [
             Problem(name, found.get(name, f"{defaults[name]} (default)"), _contradiction(value))
             for name, value in wanted.items()
