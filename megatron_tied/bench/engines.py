@@ -20,13 +20,12 @@ from megatron_tied.bench.job import MEGATRON_CORE, Job
 from megatron_tied.bench.phases import Phases
 from megatron_tied.engine.engine import TiedMoEEngine
 from megatron_tied.engine.initialize import initialize
-from megatron_tied.engine.parameter_groups import parameter_groups
 from megatron_tied.layers.initialization import initialize_experts
 from megatron_tied.models.gpt import assemble, transformer_config
 from megatron_tied.models.initialization import initialize_weights
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.evaluation import LossFunction
-from megatron_tied.training.optimizer import adamw
+from megatron_tied.training.optimizer import build_optimizer
 from megatron_tied.training.run import build_engine
 from megatron_tied.training.schedule import lr_schedule
 
@@ -42,8 +41,7 @@ def build_megatron_core(job: Job) -> Contender:
     config = job.config_of(MEGATRON_CORE)
     settings = config.optimizer
     model = plain_gpt_model(config)
-    groups = parameter_groups(model, lr=settings.lr, weight_decay=settings.weight_decay)
-    optimizer = adamw(groups, settings)
+    optimizer = build_optimizer(model, settings)
     schedule = lr_schedule(optimizer, config.train.steps, settings)
     engine, *_ = initialize(model, config.deepspeed_config(job.ranks), optimizer=optimizer, lr_scheduler=schedule)
     return _contender(MEGATRON_CORE, engine, job)

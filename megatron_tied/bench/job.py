@@ -133,6 +133,9 @@ def _opponent_problems(job: Job) -> Iterator[Problem]:
     if peers and (where := job.config.offload_device("offload_optimizer")):
         valid = f"must be left out with --against {','.join(peers)}"
         yield Problem("deepspeed.zero_optimization.offload_optimizer", where, valid)
+    if peers and job.config.optimizer.name != "adamw":
+        valid = f"must be adamw with --against {','.join(peers)}"
+        yield Problem("optimizer.name", job.config.optimizer.name, valid)
     if peers and (where := job.config.offload_device("offload_param")):
         valid = f"must be left out with --against {','.join(peers)}"
         yield Problem("deepspeed.zero_optimization.offload_param", where, valid)

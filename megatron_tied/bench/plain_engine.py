@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from megatron_tied.training.config import OptimizerConfig
 from megatron_tied.training.optimizer import adamw
+from megatron_tied.training.optimizer_config import OptimizerConfig
 
 
 class PlainEngine:
@@ -33,7 +33,7 @@ class PlainEngine:
             }
             for decays in (True, False)
         ]
-        self.optimizer = adamw(groups, settings)
+        self.optimizer = adamw(groups, settings, lr=settings.lr)
         several = torch.distributed.get_world_size() > 1
         # Without a second copy of the gradients in its buckets.
         self._wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True) if several else module

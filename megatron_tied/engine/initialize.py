@@ -21,6 +21,8 @@ from megatron_tied.engine.groups import (
     register_with_deepspeed,
     start_distributed,
 )
+from megatron_tied.engine.locations import locate_matrices
+from megatron_tied.engine.muon import MuonAdamW
 from megatron_tied.engine.parameter_groups import parameter_groups
 from megatron_tied.engine.tensor_parallel import sum_partial_gradients
 from megatron_tied.engine.zero3 import with_bank_reuse
@@ -78,6 +80,8 @@ def initialize(
         config_class=DeepSpeedConfig(ds_config, mpu=model_parallel_unit()),
     )
     partition_parameters.restore_init_context()
+    if isinstance(engine.basic_optimizer, MuonAdamW):
+        locate_matrices(engine, engine.basic_optimizer)
     engine._configure_python_gc()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megatron_tied.engine.engine import TiedMoEEngine
+from megatron_tied.engine.muon import IS_MUON, MOMENTUM
 
 WEIGHT = "weight"
 
@@ -34,7 +36,7 @@ def fragments(engine: TiedMoEEngine) -> list[Fragment]:
     """Everything that this rank's optimizer holds, and what it has of frozen parameters: at stages 0 to 2 all of it."""
     updated = [
         Fragment(name, start, {key: flat.narrow(0, offset, numel) for key, flat in _flat_tensors(engine, holder)})
-        for name, start, numel, holder, offset in _runs(engine)
+        for name, start, numel, holder, offset in runs(engine)
     ]
     return [*updated, *_frozen(engine)]
 
@@ -44,7 +46,7 @@ def weights(engine: TiedMoEEngine, parameters: Iterable[str]) -> dict[str, torch
     wanted = set(parameters)
     return {
         name: holder.detach().view(-1).narrow(0, offset, numel)
-        for name, _, numel, holder, offset in _runs(engine)
+        for name, _, numel, holder, offset in runs(engine)
         if name in wanted
     }
 
@@ -99,13 +101,19 @@ def _states(engine: TiedMoEEngine) -> Iterator[torch.Tensor]:
 
 
 def create_optimizer_states(engine: TiedMoEEngine, keys: Iterable[str], scalars: dict[str, float]) -> None:
-    """Give every parameter the states `keys`, of zeros where it has none, and the `scalars`."""
+    """Give every parameter those of the states `keys` that its optimizer has, of zeros where there are none, and the
+    `scalars`."""
     keys = list(keys)
-    for holder in _holders(engine):
-        state = _state(engine, holder)
-        for key in keys:
-            state.setdefault(key, torch.zeros_like(holder, memory_format=torch.contiguous_format))
-        state |= {key: torch.tensor(value, dtype=torch.float32) for key, value in scalars.items()}
+    for group, holders in _holders_by_group(engine):
+        # Muon's have its momentum and no count of steps; in a run without it no group says whose it is.
+        is_muon = group.get(IS_MUON, False)
+        for holder in holders:
+            state = _state(engine, holder)
+            for key in keys:
+                if (key == MOMENTUM) == is_muon:
+                    state.setdefault(key, torch.zeros_like(holder, memory_format=torch.contiguous_format))
+            if not is_muon:
+                state |= {key: torch.tensor(value, dtype=torch.float32) for key, value in scalars.items()}
 
 
 def publish_weights(engine: TiedMoEEngine) -> None:
@@ -124,7 +132,7 @@ def publish_weights(engine: TiedMoEEngine) -> None:
             kept[0].all_gather(kept)
 
 
-def _runs(engine: TiedMoEEngine) -> Iterator[tuple[str, int, int, torch.Tensor, int]]:
+def runs(engine: TiedMoEEngine) -> Iterator[tuple[str, int, int, torch.Tensor, int]]:
     """(parameter name, first element in it, elements, the flat tensor that holds them, where in it)."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     for name, parameter in engine.module.named_parameters():
@@ -162,10 +170,17 @@ def _frozen(engine: TiedMoEEngine) -> Iterator[Fragment]:
 
 def _holders(engine: TiedMoEEngine) -> list[torch.Tensor]:
     """The tensors that the inner optimizer updates, as keys of its state."""
-    if engine.zero_optimization_stage() == 3:
-        # Its groups are empty: ZeRO 3 lends them these for the duration of a step.
-        return engine.optimizer.fp32_partitioned_groups_flat
-    return [parameter for group in _inner(engine).param_groups for parameter in group["params"]]
+    return [holder for _, holders in _holders_by_group(engine) for holder in holders]
+
+
+def _holders_by_group(engine: TiedMoEEngine) -> Iterator[tuple[dict[str, Any], list[torch.Tensor]]]:
+    groups = _inner(engine).param_groups
+    if engine.zero_optimization_stage() < 3:
+        yield from ((group, group["params"]) for group in groups)
+        return
+    # Its groups are empty: ZeRO 3 lends them these for the duration of a step.
+    for index, holder in enumerate(engine.optimizer.fp32_partitioned_groups_flat):
+        yield groups[engine.optimizer.sub_group_to_group_id[index]], [holder]
 
 
 def _inner(engine: TiedMoEEngine) -> torch.optim.Optimizer:

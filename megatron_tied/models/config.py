@@ -30,6 +30,7 @@ _NOT_TRANSFORMER_FIELDS = frozenset(
         "preset",
         "scale",
         "activation",
+        "init_method",
         "expert_backend",
         "qk_norm_scope",
         "qkv_clip",
@@ -89,6 +90,9 @@ class ModelConfig(BaseModel):
     gated_linear_unit: bool = True
     add_bias_linear: bool = False
     hidden_dropout: NonNegativeFloat = 0.0
+    # normal, with init_method_std; or Xavier's uniform with gain 1 / sqrt(3 num_layers), of query, key, value and each
+    # expert's matrices for themselves ("Tying the Loop", arXiv:2606.16825).
+    init_method: Literal["normal", "depth_scaled_xavier"] = "normal"
     init_method_std: PositiveFloat = 0.02
 
     num_attention_heads: PositiveInt

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.config import ModelConfig, indivisible
-from megatron_tied.models.initialization import initialize_weights
+from megatron_tied.models.initialization import DepthScaledXavier, initialize_weights
 from megatron_tied.models.latent_attention import is_latent
 from megatron_tied.models.spec import tied_decoder_block_spec, use_projection_norm, use_qkv_clip
 from megatron_tied.topology import TieConfig
@@ -50,6 +50,7 @@ def transformer_config(model: ModelConfig, *, precision: str = "fp32") -> Transf
         raise ConfigError(problems)
     ours = {
         "activation_func": _ACTIVATIONS[model.activation],
+        **_init_methods(model),
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         "tensor_model_parallel_size": tensor_parallel_size,
         "expert_tensor_parallel_size": 1,
@@ -70,6 +71,13 @@ def transformer_config(model: ModelConfig, *, precision: str = "fp32") -> Transf
         # There attention has a rotary embedding of its own.
         return MLATransformerConfig(**kwargs, rotary_base=model.rotary_base, rotary_percent=model.rotary_percent)
     return TransformerConfig(**kwargs)
+
+
+def _init_methods(model: ModelConfig) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    if model.init_method == "normal":
+        return {}
+    method = DepthScaledXavier(model.num_layers)
+    return dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"), method)
 
 
 def _lacking(model: ModelConfig) -> list[Problem]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -9,7 +13,19 @@ from megatron_tied.layers.initialization import initialize_matrix
 from megatron_tied.layers.moe_layer import tied_layers
 from megatron_tied.layers.tensor_parallel import local_part, mark_tensor_parallel, whole_shape
 
+_QKV = "self_attention.linear_qkv.weight"
 _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+@dataclass(frozen=True)
+class DepthScaledXavier:
+    """Fills a matrix [out, in] uniformly, with gain 1 / sqrt(3 num_layers). Source: "Tying the Loop"."""
+
+    num_layers: int
+
+    def __call__(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The matrix."""
+        return torch.nn.init.xavier_uniform_(matrix, gain=1 / math.sqrt(3 * self.num_layers))
 
 
 @torch.no_grad()
@@ -32,9 +48,28 @@ def initialize_weights(model: torch.nn.Module, config: TransformerConfig, seed: 
             method = config.output_layer_init_method
         elif "word_embeddings" in name:
             method = config.embedding_init_method
+        if isinstance(method, DepthScaledXavier) and name.endswith(_QKV):
+            # Its bounds follow from the sizes of a matrix, and these are three.
+            method = _of_query_key_and_value(method, config)
         whole = torch.empty(whole_shape(weight))
         initialize_matrix(whole, method, seed, name)
         weight.copy_(local_part(whole, weight))
     for layer in tied_layers(model):
         if layer.is_owner:
             layer.initialize_experts(seed)
+
+
+def _of_query_key_and_value(
+    method: Callable[[torch.Tensor], torch.Tensor], config: TransformerConfig
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`method` for each of the three in Megatron-Core's projection, where they lie side by side in each query group."""
+    width, groups = config.kv_channels, config.num_query_groups
+    queries = config.num_attention_heads // groups * width
+
+    def fill(matrix: torch.Tensor) -> torch.Tensor:
+        by_group = matrix.view(groups, queries + 2 * width, -1)
+        for part in by_group.split([queries, width, width], dim=1):
+            part.copy_(method(torch.empty(part.flatten(0, 1).shape)).view_as(part))
+        return matrix
+
+    return fill

@@ -41,7 +41,11 @@ def resume_problems(config: RunConfig, saved: Mapping[str, Any], checkpoint: str
     if problems := same_model_problems(config, saved, checkpoint):
         return problems
     other = parse_config(saved)
-    return [*_data_problems(config, other, checkpoint), *_freeze_problems(config, other, checkpoint)]
+    return [
+        *_data_problems(config, other, checkpoint),
+        *_freeze_problems(config, other, checkpoint),
+        *_optimizer_problems(config, other, checkpoint),
+    ]
 
 
 def objective_changes(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
@@ -89,6 +93,12 @@ def _freeze_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> It
     if ours != theirs:
         valid = f"must be {theirs}, as in {checkpoint}, for what is frozen has no optimizer states; see train.init_from"
         yield Problem("optimizer.freeze", ours, valid)
+
+
+def _optimizer_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> Iterator[Problem]:
+    if (ours := config.optimizer.name) != (theirs := other.optimizer.name):
+        valid = f"must be {theirs}, as in {checkpoint}, whose states are of no use to another; see train.init_from"
+        yield Problem("optimizer.name", ours, valid)
 
 
 def _share(config: RunConfig) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from megatron_tied.engine.ds_config import (
     Refusals,
@@ -26,6 +26,8 @@ from megatron_tied.models.config import ModelConfig, indivisible
 from megatron_tied.monitor.alerts import AlertSettings
 from megatron_tied.topology import TieConfig, TieTopology
 from megatron_tied.training.deepspeed_section import deepspeed_type_problems
+from megatron_tied.training.fields import Count, CountFromZero, NonNegative, PathName, Section
+from megatron_tied.training.optimizer_config import OptimizerConfig
 from megatron_tied.training.validation import type_problem
 
 
@@ -52,18 +54,6 @@ def _resolve_model(section: object) -> ModelConfig:
 
 
 Blend = Annotated[str | tuple[float | str, ...], BeforeValidator(_parse_blend)]
-PathName = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-CountFromZero = Annotated[int, Field(ge=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A section of the config file: no unknown key, no conversion (but integer to float), no change."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ParallelConfig(Section):
@@ -114,21 +104,6 @@ class TrainConfig(Section):
     # Seconds of silence after which a rank counts as lost and all others end (0: they wait for it); a rank that dies
     # is noticed at once. A cut of the network of less than half as long is survived.
     liveness_timeout: NonNegative = 60.0
-
-
-class OptimizerConfig(Section):
-    """AdamW, with linear warm-up, then a cosine from `lr` to `min_lr`. `clip_grad` 0: no clipping."""
-
-    name: Literal["adamw"] = "adamw"
-    lr: Positive = 3e-4
-    min_lr: NonNegative = 0.0
-    weight_decay: NonNegative = 0.1
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: Positive = 1e-8
-    warmup_steps: CountFromZero = 0
-    clip_grad: NonNegative = 1.0
-    # What keeps the weights it begins with, and has no optimizer states; null: norms with a teacher, else nothing.
-    freeze: tuple[Literal["norms"], ...] | None = None
 
 
 class DistillConfig(Section):
@@ -190,7 +165,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     # What ds_config.json would hold; ZeRO stage 1 unless it says another.
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
 
     def topology(self) -> TieTopology:
         """Which layer uses which expert bank. Raises ConfigError."""
@@ -282,6 +257,9 @@ class RunConfig(Section):
         if self.tie.num_tied_experts:
             experts["tie.num_tied_experts"] = self.tie.num_tied_experts
         yield from indivisible("parallel.expert_model_parallel_size", parallel.expert_model_parallel_size, experts)
+        if self.optimizer.name == "muon" and parallel.tensor_model_parallel_size > 1:
+            valid = "must be 1 with optimizer.name: muon, which needs whole matrices"
+            yield Problem("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size, valid)
         # The sequence, because norms and routers work on a part of it.
         cut = {**self.model.cut_by_tensor_parallelism(), "train.seq_length": self.train.seq_length, **processes}
         yield from indivisible("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size, cut)
@@ -299,12 +277,7 @@ class RunConfig(Section):
 
     def _schedule_problems(self) -> Iterator[Problem]:
         train, optimizer, data = self.train, self.optimizer, self.data
-        if optimizer.warmup_steps > train.steps:
-            valid = f"must be at most train.steps = {train.steps}"
-            yield Problem("optimizer.warmup_steps", optimizer.warmup_steps, valid)
-        if optimizer.min_lr > optimizer.lr:
-            valid = f"must be at most optimizer.lr = {optimizer.lr}"
-            yield Problem("optimizer.min_lr", optimizer.min_lr, valid)
+        yield from optimizer.problems(train.steps)
         if data.validation is None:
             for_training, for_validation = data.split
             if for_training == 0:

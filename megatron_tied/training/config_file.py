@@ -25,6 +25,7 @@ from megatron_tied.models.config import ModelConfig
 from megatron_tied.monitor.alerts import AlertSettings
 from megatron_tied.topology import TieConfig
 from megatron_tied.training.config import RunConfig, Section, WandbConfig, transformer_fields
+from megatron_tied.training.optimizer_config import with_preset
 from megatron_tied.training.validation import problems_of, to_json
 
 
@@ -59,6 +60,8 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
             section, key = field.split(".")
             if isinstance(given[section], Mapping):
                 given[section] = {key: value} | given[section]
+    if isinstance(given["optimizer"], Mapping):
+        given["optimizer"] = with_preset(given["optimizer"])
     try:
         return RunConfig.model_validate_json(to_json(given), strict=True)
     except ValidationError as error:

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from megatron_tied.training.config import OptimizerConfig
+from megatron_tied.engine.muon import MuonAdamW
+from megatron_tied.engine.parameter_groups import AdamWGroups, parameter_groups
+from megatron_tied.training.optimizer_config import OptimizerConfig
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def adamw(groups: list[dict[str, Any]], settings: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of `model` that `settings` name, over its parameter groups."""
+    if settings.name == "adamw":
+        groups = parameter_groups(model, lr=settings.lr, weight_decay=settings.weight_decay)
+        return adamw(groups, settings, lr=settings.lr)
+    beside = AdamWGroups(settings.rate_of_adamw(), settings.adamw_weight_decay)
+    groups = parameter_groups(model, lr=settings.lr, weight_decay=settings.weight_decay, beside_muon=beside)
+    others = partial(adamw, settings=settings, lr=beside.lr)
+    precision = _DTYPES[settings.iterate_in]
+    return MuonAdamW(groups, others, lr=settings.lr, momentum=settings.momentum, precision=precision)
+
+
+def adamw(groups: Sequence[dict[str, Any]], settings: OptimizerConfig, *, lr: float) -> torch.optim.AdamW:
     """AdamW over parameter groups, in few kernels: on CUDA PyTorch sees to that itself, on a CPU when asked."""
     fused = not torch.cuda.is_available() or None
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=settings.eps, fused=fused)

@@ -13,7 +13,6 @@ from megatron_tied.data.datasets import Datasets, build_datasets
 from megatron_tied.engine.engine import TiedMoEEngine
 from megatron_tied.engine.groups import initialize_model_parallel
 from megatron_tied.engine.initialize import initialize
-from megatron_tied.engine.parameter_groups import parameter_groups
 from megatron_tied.models.gpt import build_gpt_model
 from megatron_tied.monitor.dead_experts import LastUse
 from megatron_tied.monitor.description import RunDescription
@@ -28,7 +27,7 @@ from megatron_tied.training.freezing import freeze
 from megatron_tied.training.liveness import Liveness
 from megatron_tied.training.loop import train
 from megatron_tied.training.monitoring import Monitoring
-from megatron_tied.training.optimizer import adamw
+from megatron_tied.training.optimizer import build_optimizer
 from megatron_tied.training.plan_check import PlanCheck
 from megatron_tied.training.resume import Start
 from megatron_tied.training.schedule import lr_schedule
@@ -156,8 +155,7 @@ def build_engine(config: RunConfig) -> tuple[TiedMoEEngine, Layout, dict[str, in
     figures = parameter_figures(model, config.topology())
     freeze(model, config.frozen())
     layout = model_layout(model, zero_stage=ds_config["zero_optimization"]["stage"])
-    groups = parameter_groups(model, lr=settings.lr, weight_decay=settings.weight_decay)
-    optimizer = adamw(groups, settings)
+    optimizer = build_optimizer(model, settings)
     schedule = lr_schedule(optimizer, config.train.steps, settings)
     engine, *_ = initialize(model, ds_config, optimizer=optimizer, lr_scheduler=schedule)
     return engine, layout, figures

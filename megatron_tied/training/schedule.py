@@ -6,20 +6,28 @@ import math
 
 import torch
 
-from megatron_tied.training.config import OptimizerConfig
+from megatron_tied.training.optimizer_config import OptimizerConfig
 
 
 def lr_factor(step: int, steps: int, optimizer: OptimizerConfig) -> float:
     """What the peak learning rates are multiplied by in `step`, counted from 0.
 
-    A linear warm-up that reaches 1 in its last step, then a cosine that would reach `min_lr / lr` one step after
-    the run: no step is spent at a learning rate of 0.
+    A linear warm-up that reaches 1 in its last step, then what `schedule` says, which would reach `min_lr / lr` one
+    step after the run: no step is spent at a learning rate of 0.
     """
     if step < optimizer.warmup_steps:
         return (step + 1) / optimizer.warmup_steps
     floor = optimizer.min_lr / optimizer.lr
-    progress = min(1.0, (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps))
-    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    begin = steps - optimizer.decay_steps if optimizer.schedule == "wsd" else optimizer.warmup_steps
+    progress = min(1.0, max(0.0, (step - begin) / max(1, steps - begin)))
+    match optimizer.schedule:
+        case "constant":
+            return 1.0
+        case "cosine":
+            left = 0.5 * (1.0 + math.cos(math.pi * progress))
+        case "linear" | "wsd":
+            left = 1.0 - progress
+    return floor + (1.0 - floor) * left
 
 
 def go_to(schedule: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:

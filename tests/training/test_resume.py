@@ -46,6 +46,7 @@ BITWISE = {
     "tp2, ep2": [f"{TP}=2", f"{STAGE}=3"],
 }
 FROZEN = "optimizer.freeze=[norms]"
+MUON = ["optimizer.name=muon", "optimizer.lr=0.01", "optimizer.iterate_in=fp32"]
 LATENT = [
     *("model.multi_latent_attention=true", "model.q_lora_rank=16", "model.kv_lora_rank=16", "model.qk_head_dim=8"),
     *("model.qk_pos_emb_head_dim=4", "model.v_head_dim=12", "model.qk_layernorm=true", "model.rope_type=rope"),
@@ -59,6 +60,7 @@ WITH_FROZEN = {
     "frozen, zero3, bf16, tp2": [FROZEN, f"{STAGE}=3", f"{TP}=2", "train.precision=bf16"],
 }
 BITWISE |= {**WITH_FROZEN, "latent": [*LATENT, f"{STAGE}=3"]}
+BITWISE |= {"muon, zero2": [*MUON, f"{STAGE}=2"], "muon, zero3, bf16": [*MUON, f"{STAGE}=3", "train.precision=bf16"]}
 # From the checkpoint of "zero1" on two processes.
 ON_TWO = {
     "to zero3": [f"{STAGE}=3"],
@@ -73,6 +75,8 @@ ON_TWO = {
 # From another checkpoint on two processes: (origin, name) -> overrides.
 ON_TWO_FROM = {
     ("frozen, zero2", "frozen, to zero3, tp2"): [FROZEN, f"{STAGE}=3", f"{TP}=2"],
+    ("muon, zero2", "muon, to zero3, ep1"): [*MUON, f"{STAGE}=3", f"{EP}=1"],
+    ("muon, zero2", "muon, to offload"): [*MUON, f"{STAGE}=2", OFFLOAD],
     ("latent", "latent, to zero1, tp2, ep1"): [*LATENT, f"{STAGE}=1", f"{TP}=2", f"{EP}=1"],
 }
 # From a checkpoint written by (world 4, EP 2, ZeRO 2): world -> name -> how it is gone on with there.

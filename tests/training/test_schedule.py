@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_tied.training.config import OptimizerConfig
+from megatron_tied.training.optimizer_config import OptimizerConfig
 from megatron_tied.training.schedule import go_to, lr_factor, lr_schedule
 
 

@@ -1,0 +1,54 @@
+"""Where the matrices of an engine's parameters are, in the flat tensors of all ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_tied.engine.blocks import blocks_of, is_hidden_matrix
+from megatron_tied.engine.engine import TiedMoEEngine
+from megatron_tied.engine.exchange_blocks import BlockExchange, Run
+from megatron_tied.engine.muon import MuonAdamW
+from megatron_tied.engine.partitions import runs
+
+
+def locate_matrices(engine: TiedMoEEngine, optimizer: MuonAdamW) -> None:
+    """Tell `optimizer`, the inner one of `engine`, where the parts of matrices are."""
+    known: dict[int, BlockExchange] = {}
+
+    def locate(holder: torch.Tensor) -> BlockExchange:
+        # By address: holders live as long as the engine.
+        if id(holder) not in known:
+            known[id(holder)] = _exchange(engine, holder)
+        return known[id(holder)]
+
+    optimizer.locate, optimizer.device = locate, engine.device
+
+
+def _exchange(engine: TiedMoEEngine, holder: torch.Tensor) -> BlockExchange:
+    """A collective of the ranks that share the parameters of `holder`, once for each."""
+    here = [Run(name, start, numel, offset) for name, start, numel, flat, offset in runs(engine) if flat is holder]
+    group = _group(engine, holder)
+    everywhere = [here]
+    if group is not None and group.size() > 1:
+        everywhere = [[] for _ in range(group.size())]
+        torch.distributed.all_gather_object(everywhere, here, group=group)
+    held = {run.parameter for of_rank in everywhere for run in of_rank}
+    blocks = [
+        block
+        for name, parameter in engine.module.named_parameters()
+        if name in held and is_hidden_matrix(name, parameter)
+        for block in blocks_of(name, getattr(parameter, "ds_shape", parameter.shape), engine.module.config)
+    ]
+    return BlockExchange(blocks, everywhere, group, group.rank() if len(everywhere) > 1 else 0)
+
+
+def _group(engine: TiedMoEEngine, holder: torch.Tensor) -> torch.distributed.ProcessGroup | None:
+    """The ranks over which ZeRO has spread what `holder` has a part of; None: nothing is spread."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        return None
+    if stage < 3:
+        index = next(i for i, flat in enumerate(optimizer.single_partition_of_fp32_groups) if flat is holder)
+        return optimizer.real_dp_process_group[index]
+    index = next(i for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat) if flat is holder)
+    return optimizer.fp16_groups[index][0].ds_process_group

@@ -1,0 +1,87 @@
+"""What the `optimizer` section says, and the recipes that it can name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from megatron_tied.errors import Problem
+from megatron_tied.training.fields import Beta, CountFromZero, NonNegative, Positive, Section
+
+# "Tying the Loop" (arXiv:2606.16825): Muon, with AdamW at a tenth of its rate for what is no hidden matrix.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "tying_the_loop": {
+        "name": "muon",
+        "lr": 2e-2,
+        "min_lr": 2e-3,
+        "weight_decay": 0.1,
+        "momentum": 0.95,
+        "adamw_lr": 2e-3,
+        "adamw_weight_decay": 0.01,
+        "betas": [0.9, 0.95],
+        "schedule": "cosine",
+        "warmup_steps": 100,
+        "clip_grad": 1.0,
+    }
+}
+
+
+def with_preset(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An `optimizer` section as a file has it, with the keys of the preset that it names, if it is one."""
+    name = section.get("preset")
+    return {**PRESETS[name], **section} if isinstance(name, str) and name in PRESETS else section
+
+
+_MUON_ONLY = ("momentum", "adamw_lr", "adamw_weight_decay", "iterate_in")
+
+
+class OptimizerConfig(Section):
+    """How weights follow gradients. `clip_grad` 0: no clipping.
+
+    name: adamw, or muon for matrices between hidden states (each expert's are its own; query, key and value, too) and
+    adamw for embeddings, output layer, routers and vectors. preset: a recipe, of which any key can be replaced.
+    """
+
+    preset: Literal["tying_the_loop"] | None = None
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Positive = 3e-4
+    min_lr: NonNegative = 0.0
+    weight_decay: NonNegative = 0.1
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    # Muon's, and what AdamW has beside it: its peak (null: a tenth of lr) and weight decay, of vectors, too.
+    momentum: Beta = 0.95
+    adamw_lr: Positive | None = None
+    adamw_weight_decay: NonNegative = 0.01
+    # In what Muon's iterations are computed: fp32 gives the same on any ranks, where bf16 makes a third digit of a last
+    # bit.
+    iterate_in: Literal["bf16", "fp32"] = "bf16"
+    # After a linear warm-up: a cosine or a line from lr to min_lr; lr to the end; or lr, and in the last decay_steps a
+    # line to min_lr (warm-up, stable, decay). All rates keep their ratios.
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    decay_steps: CountFromZero = 0
+    warmup_steps: CountFromZero = 0
+    clip_grad: NonNegative = 1.0
+    # What keeps the weights it begins with, and has no optimizer states; null: norms with a teacher, else nothing.
+    freeze: tuple[Literal["norms"], ...] | None = None
+
+    def rate_of_adamw(self) -> float:
+        """The peak of what Muon leaves to AdamW."""
+        return self.lr / 10 if self.adamw_lr is None else self.adamw_lr
+
+    def problems(self, steps: int) -> Iterator[Problem]:
+        """What does not fit together, in a run of `steps` steps."""
+        if self.warmup_steps > steps:
+            yield Problem("optimizer.warmup_steps", self.warmup_steps, f"must be at most train.steps = {steps}")
+        if self.min_lr > self.lr:
+            yield Problem("optimizer.min_lr", self.min_lr, f"must be at most optimizer.lr = {self.lr}")
+        after = steps - self.warmup_steps
+        if self.schedule == "wsd" and not 0 < self.decay_steps <= after:
+            valid = f"must be 1 to {after}, the steps after the warm-up, with optimizer.schedule: wsd"
+            yield Problem("optimizer.decay_steps", self.decay_steps, valid)
+        if self.schedule != "wsd" and self.decay_steps:
+            yield Problem("optimizer.decay_steps", self.decay_steps, "must be 0: it is for optimizer.schedule: wsd")
+        defaults = type(self).model_fields
+        for name in _MUON_ONLY if self.name == "adamw" else ():
+            if (value := getattr(self, name)) != defaults[name].default:
+                yield Problem(f"optimizer.{name}", value, "must be left out: it is for optimizer.name: muon")
