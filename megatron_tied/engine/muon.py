@@ -46,13 +46,14 @@ class MuonAdamW(torch.optim.Optimizer):
             for key, value in defaults.items():
                 group.setdefault(key, value)
         self._precision = precision
-        # ZeRO puts parts in the place of parameters, in the groups that it knows.
-        self._adamw.param_groups, self._adamw.state = others, self.state
+        self._adamw.state = self.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of everything that has a gradient. A collective of the ranks that share parameters."""
         loss = None if closure is None else closure()
+        # Those of now: ZeRO puts parts in the place of parameters, and has a step for each group alone.
+        self._adamw.param_groups = [group for group in self.param_groups if not group[IS_MUON]]
         self._adamw.step()
         for group in self.param_groups:
             if group[IS_MUON]:

@@ -18,7 +18,8 @@ from tests.tiny_model import TIE, build
 LR, ADAMW_LR, DECAY, ADAMW_DECAY, CLIP, STEPS = 0.02, 0.002, 0.1, 0.01, 1.0, 10
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-5}
 NO_ROUTER_LOSSES = {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.0}
-CASES = [(ep, stage) for ep in (1, 2) for stage in (0, 1, 2, 3)]
+# Expert parallel size, ZeRO stage, and where it keeps optimizer states.
+CASES = [(ep, stage, "none") for ep in (1, 2) for stage in (0, 1, 2, 3)] + [(2, 2, "cpu"), (2, 3, "cpu")]
 
 
 def batches() -> Iterator[torch.Tensor]:
@@ -28,7 +29,7 @@ def batches() -> Iterator[torch.Tensor]:
         yield torch.randint(64, (4, 9), generator=generator)
 
 
-def trained(stage: int) -> dict[str, torch.Tensor]:
+def trained(stage: int, offload: str = "none") -> dict[str, torch.Tensor]:
     """All weights after the last step, experts of all ranks."""
     model = build(TIE, **NO_ROUTER_LOSSES)
     groups = mt.parameter_groups(model, lr=LR, weight_decay=DECAY, beside_muon=AdamWGroups(ADAMW_LR, ADAMW_DECAY))
@@ -39,7 +40,8 @@ def trained(stage: int) -> dict[str, torch.Tensor]:
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": (accumulation := 2 // torch.distributed.get_world_size()),
         "gradient_clipping": CLIP,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "offload_optimizer": {"device": offload}},
+        "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
@@ -53,11 +55,11 @@ def trained(stage: int) -> dict[str, torch.Tensor]:
 
 def main(directory: str) -> None:
     """Writes a file for each case."""
-    for ep, stage in CASES:
+    for ep, stage, offload in CASES:
         with model_parallel(ep):
-            weights = trained(stage)
+            weights = trained(stage, offload)
         if torch.distributed.get_rank() == 0:
-            save_file(weights, f"{directory}/ep{ep}-zero{stage}.safetensors")
+            save_file(weights, f"{directory}/ep{ep}-zero{stage}-{offload}.safetensors")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

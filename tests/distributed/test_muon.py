@@ -106,9 +106,11 @@ def test_one_process_is_torchs(reference: dict[str, torch.Tensor], launched: Non
         assert (start[name] - expected).abs().max() > 1e-3, f"{name} has hardly moved"
 
 
-@pytest.mark.parametrize(("ep", "stage"), CASES)
-def test_two_ranks_are_torchs(reference: dict[str, torch.Tensor], ranks: Path, ep: int, stage: int) -> None:
-    found = load_file(ranks / f"ep{ep}-zero{stage}.safetensors")
+@pytest.mark.parametrize(("ep", "stage", "offload"), CASES)
+def test_two_ranks_are_torchs(
+    reference: dict[str, torch.Tensor], ranks: Path, ep: int, stage: int, offload: str
+) -> None:
+    found = load_file(ranks / f"ep{ep}-zero{stage}-{offload}.safetensors")
     assert found.keys() == reference.keys()
     for name, expected in reference.items():
         torch.testing.assert_close(

@@ -296,6 +296,13 @@ def test_bad_ds_config_file(config_file: Path, tmp_path: Path, content: str, mes
         ),
         (["train.global_batch_size=1"], "train.global_batch_size = 1: must be a multiple of 2"),
         (["tie.group_size=9"], "tie.group_size = 9: must be at most 4"),
+        (["optimizer.schedule=wsd"], "optimizer.decay_steps = 0: must be 1 to "),
+        (["optimizer.decay_steps=3"], "optimizer.decay_steps = 3: must be 0: it is for optimizer.schedule: wsd"),
+        (["optimizer.adamw_lr=1e-3"], "optimizer.adamw_lr = 0.001: must be left out: it is for optimizer.name: muon"),
+        (
+            ["optimizer.name=muon", "parallel.tensor_model_parallel_size=2"],
+            "parallel.tensor_model_parallel_size = 2: must be 1 with optimizer.name: muon",
+        ),
         (["monitor.expensive_every=15"], "monitor.expensive_every = 15: must be 0 or a multiple of monitor.every = 10"),
         (["monitor.dead_window=9"], "monitor.dead_window = 9: must be at least monitor.every = 10"),
         (["tie.group_size=0"], "tie.group_size = 0: must be an integer >= 1"),
@@ -414,6 +421,25 @@ def test_parse_config_takes_plain_values():
     config = parse_config(values)
     assert isinstance(config, RunConfig)
     assert (config.model.num_layers, config.data.train) == (8, "corpus")
+
+
+def test_a_recipe_gives_what_is_not_said(config_file: Path):
+    """Its figures are those of the paper, section 3 of the recipe of its main experiments."""
+    values = {"model": {"preset": "quickstart"}, "data": {"train": "corpus"}, "train": {"run_dir": "run"}}
+    optimizer = parse_config({**values, "optimizer": {"preset": "tying_the_loop", "warmup_steps": 7}}).optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.weight_decay) == ("muon", 0.02, 0.95, 0.1)
+    assert (optimizer.rate_of_adamw(), optimizer.betas, optimizer.adamw_weight_decay) == (0.002, (0.9, 0.95), 0.01)
+    assert (optimizer.schedule, optimizer.min_lr, optimizer.clip_grad) == ("cosine", 0.002, 1.0)
+    assert optimizer.warmup_steps == 7
+    saved = load_config(config_file, ["optimizer.preset=tying_the_loop"])
+    assert parse_config(saved.model_dump(mode="json")).optimizer == saved.optimizer
+
+
+def test_another_optimizer_does_not_go_on_with_the_states_of_this(config_file: Path):
+    saved = load_config(config_file).model_dump(mode="json")
+    muon = load_config(config_file, ["optimizer.name=muon"])
+    (problem,) = resume_problems(muon, saved, "step_1")
+    assert str(problem).startswith("optimizer.name = 'muon': must be adamw, as in step_1")
 
 
 def test_what_is_frozen_stays_frozen_when_a_run_goes_on(config_file: Path):

@@ -38,6 +38,23 @@ def test_a_constant_rate():
     assert {lr_factor(step, 7, optimizer) for step in range(9)} == {1.0}
 
 
+def test_a_rate_that_stays_at_its_peak():
+    optimizer = OptimizerConfig(lr=0.3, min_lr=0.1, warmup_steps=2, schedule="constant")
+    assert [lr_factor(step, 7, optimizer) for step in range(9)] == [0.5, *[1.0] * 8]
+
+
+def test_a_line_from_peak_to_floor():
+    optimizer = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=2, schedule="linear")
+    found = [lr_factor(step, 10, optimizer) for step in range(12)]
+    assert found == pytest.approx([0.5, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2])
+
+
+def test_warm_up_then_stable_then_decay():
+    optimizer = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=2, schedule="wsd", decay_steps=4)
+    found = [lr_factor(step, 10, optimizer) for step in range(11)]
+    assert found == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
+
+
 @given(steps=st.integers(1, 400), data=st.data(), lr=st.floats(1e-6, 1.0), floor=st.floats(0, 1))
 def test_rises_then_falls_and_no_step_is_wasted(steps: int, data: st.DataObject, lr: float, floor: float):
     warmup = data.draw(st.integers(0, steps))
