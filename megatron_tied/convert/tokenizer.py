@@ -1,7 +1,9 @@
-"""The tokenizer that belongs to a model: its files are carried along, or made from a SentencePiece model."""
+"""The tokenizer that belongs to a model: its files are carried along, or made of what SentencePiece or tiktoken has."""
 
 from __future__ import annotations
 
+import base64
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -13,6 +15,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from megatron_tied.convert.hf_files import read_json
 from megatron_tied.convert.hf_output import write_json
+from megatron_tied.data.adapters import TiktokenTokenizer, Tokenizer, is_tiktoken
 from megatron_tied.data.tokenizer import SEPARATOR, SentencePieceTokenizer
 from megatron_tied.errors import ConfigError, Problem
 
@@ -42,7 +45,7 @@ def tokenizer_files(directory: Path) -> list[Path]:
 
 
 def checked(given: Path, vocab_size: int, *, field: str) -> Special:
-    """The special tokens of the tokenizer `given`, a directory or a SentencePiece model.
+    """The special tokens of the tokenizer `given`, a directory, a SentencePiece model or a tiktoken encoding.
 
     Raises `ConfigError` about `field` for what is no tokenizer, or has tokens that a model of `vocab_size` does not
     know, or has no equal in Hugging Face's form.
@@ -62,11 +65,13 @@ def checked(given: Path, vocab_size: int, *, field: str) -> Special:
 
 
 def put_tokenizer(given: Path, directory: Path) -> Special:
-    """Put the tokenizer `given`, a directory or a SentencePiece model, into `directory`.
+    """Put the tokenizer `given`, a directory, a SentencePiece model or a tiktoken encoding, into `directory`.
 
-    Returns what a SentencePiece model says of the special tokens; nothing for a directory. Raises `ConfigError` for a
-    model that has no equal in Hugging Face's form.
+    Returns what the latter two say of the special tokens; nothing for a directory. Raises `ConfigError` for one that
+    has no equal in Hugging Face's form.
     """
+    if is_tiktoken(given):
+        return _write_tiktoken(str(given), directory)
     if not given.is_dir():
         return _write_sentencepiece(given, directory)
     for file in tokenizer_files(given):
@@ -153,20 +158,45 @@ def _write_sentencepiece(model_file: Path, directory: Path) -> Special:
     tokenizer.add_special_tokens(
         [AddedToken(piece, special=True, normalized=False) for piece in dict.fromkeys((end, unknown))]
     )
+    _save(tokenizer, directory, {"eos_token": end, "unk_token": unknown})
+    _compare(ours, directory, model_file)
+    return {"bos_token_id": ours.bos, "eos_token_id": ours.eod, "pad_token_id": None}
+
+
+def _write_tiktoken(name: str, directory: Path) -> Special:
+    """The same for a tiktoken encoding, by transformers' converter."""
+    try:
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+    except ImportError:
+        valid = "needs transformers: pip install 'megatron-tied[hf]'"
+        raise ConfigError(Problem("--tokenizer", name, valid)) from None
+    ours = TiktokenTokenizer.load(name, field="--tokenizer")
+    ranks, special = ours.ranks, {index: token for token, index in ours.special_tokens.items()}
+    # The converter numbers the special tokens without gaps.
+    added = [special.get(index, f"<|unused_{index}|>") for index in range(max(ranks.values()) + 1, ours.vocab_size)]
+    # A possessive {m,n}+ is something else in the regular expressions of tokenizers.
+    pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", ours.pattern)
+    with tempfile.NamedTemporaryFile() as file:
+        file.writelines(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
+        file.flush()
+        converter = TikTokenConverter(vocab_file=file.name, pattern=pattern, extra_special_tokens=added)
+        _save(converter.converted(), directory, {"eos_token": SEPARATOR})
+    _compare(ours, directory, name)
+    return {"bos_token_id": None, "eos_token_id": ours.eod, "pad_token_id": None}
+
+
+def _save(tokenizer: Any, directory: Path, tokens: dict[str, str]) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     write_json(
         directory / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": end,
-            "unk_token": unknown,
+            **tokens,
             "clean_up_tokenization_spaces": False,
             # No document can spell a control piece.
             "split_special_tokens": True,
         },
     )
-    _compare(ours, directory, model_file)
-    return {"bos_token_id": ours.bos, "eos_token_id": ours.eod, "pad_token_id": None}
 
 
 def _not_expressible(proto: sentencepiece_model_pb2.ModelProto) -> str | None:
@@ -189,7 +219,7 @@ def _merges(proto: sentencepiece_model_pb2.ModelProto) -> Iterator[tuple[str, st
                 yield piece[:cut], piece[cut:]
 
 
-def _compare(ours: SentencePieceTokenizer, directory: Path, model_file: Path) -> None:
+def _compare(ours: Tokenizer, directory: Path, name: str | Path) -> None:
     """Raise `ConfigError` if the two sides tell another story of a sample of text."""
     from tokenizers import Tokenizer
 
@@ -198,10 +228,10 @@ def _compare(ours: SentencePieceTokenizer, directory: Path, model_file: Path) ->
     for text in _sample(ours):
         if theirs.encode(text, add_special_tokens=False).ids != ours.encode(text):
             valid = f"gives other ids than its tokenizer.json for {text[:60]!r}: give --tokenizer DIR in its place"
-            raise ConfigError(Problem("--tokenizer", str(model_file), valid))
+            raise ConfigError(Problem("--tokenizer", str(name), valid))
 
 
-def _sample(ours: SentencePieceTokenizer) -> Iterator[str]:
+def _sample(ours: Tokenizer) -> Iterator[str]:
     """Text with every piece in it, and what tokenizers have trouble with."""
     pieces = [ours.decode([index]) for index in range(ours.vocab_size)]
     for start in range(0, len(pieces), 256):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_tied.data.adapters import load_tokenizer
 from megatron_tied.data.metadata import Index, Metadata, largest_token_id, with_suffix
-from megatron_tied.data.tokenizer import SentencePieceTokenizer
 from megatron_tied.errors import ConfigError, Problem
 
 Span = tuple[float, float]
@@ -199,7 +199,7 @@ def _vocabulary_problems(
     chosen = None
     if tokenizer is not None:
         try:
-            chosen = SentencePieceTokenizer.load(tokenizer, field="data.tokenizer")
+            chosen = load_tokenizer(tokenizer, field="data.tokenizer")
         except ConfigError as error:
             yield from error.problems
     described = [data_set for data_set in data_sets if data_set.metadata is not None]
@@ -211,7 +211,7 @@ def _vocabulary_problems(
             yield Problem("model.vocab_size", vocab_size, valid)
         if metadata is None:
             if chosen is not None and largest >= chosen.vocab_size:
-                valid = f"has {chosen.vocab_size} pieces, but {data_set.prefix} holds token id {largest}"
+                valid = f"has {chosen.vocab_size} tokens, but {data_set.prefix} holds token id {largest}"
                 yield Problem("data.tokenizer", str(tokenizer), valid)
         elif chosen is not None and metadata.tokenizer_sha256 != chosen.sha256:
             made_with = f"{metadata.tokenizer}, sha256 {metadata.tokenizer_sha256[:12]}..."

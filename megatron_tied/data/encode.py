@@ -11,19 +11,22 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from typing import Literal
 
 import numpy as np
 
+from megatron_tied.data.adapters import Tokenizer
 from megatron_tied.data.sources import CHUNK_BYTES, Chunk, Tally, documents
-from megatron_tied.data.tokenizer import SentencePieceTokenizer
+
+Place = Literal["before", "after"]
 
 
 @dataclass
 class Encoded:
     """The tokens of a batch of chunks: `ids` (int32 [tokens]) of all pieces, one after another.
 
-    `lengths[i]` tokens belong to piece i; `ends[i]` says that piece i is the last of its document, with the
-    separator as its last token.
+    `lengths[i]` tokens belong to piece i; `ends[i]` says that piece i is the last of its document. `position` is that
+    of the last chunk.
     """
 
     ids: np.ndarray
@@ -31,14 +34,19 @@ class Encoded:
     ends: list[bool]
     tally: Tally
     disk_bytes: int
+    position: tuple[int, ...]
 
 
 @dataclass
 class Encoder:
-    """Turns a batch of chunks into `Encoded`; a record without tokens is counted, not written."""
+    """Turns a batch of chunks into `Encoded`; a record without tokens is counted, not written.
 
-    tokenizer: SentencePieceTokenizer
+    Each document has one separator, `separator` it.
+    """
+
+    tokenizer: Tokenizer
     jsonl_key: str
+    separator: Place = "after"
 
     def __call__(self, batch: list[Chunk]) -> Encoded:
         ids: list[int] = []
@@ -51,28 +59,28 @@ class Encoder:
                 if not piece and chunk.is_jsonl:
                     tally.empty += 1
                     continue
-                if chunk.ends_document:
+                if self.separator == "before" and chunk.starts_document:
+                    piece.insert(0, self.tokenizer.eod)
+                if self.separator == "after" and chunk.ends_document:
                     piece.append(self.tokenizer.eod)
                 ids += piece
                 lengths.append(len(piece))
                 ends.append(chunk.ends_document)
         disk_bytes = sum(chunk.disk_bytes for chunk in batch)
-        return Encoded(np.array(ids, np.int32), lengths, ends, tally, disk_bytes)
+        return Encoded(np.array(ids, np.int32), lengths, ends, tally, disk_bytes, batch[-1].position)
 
 
-def encode_all(
-    chunks: Iterable[Chunk], tokenizer: SentencePieceTokenizer, jsonl_key: str, workers: int
-) -> Iterator[Encoded]:
+def encode_all(chunks: Iterable[Chunk], encoder: Encoder, workers: int) -> Iterator[Encoded]:
     """Encode `chunks` in batches on `workers` processes; batches come in order and few are held at a time.
 
     Raises `concurrent.futures.process.BrokenProcessPool` when a worker is killed.
     """
     batches = _batched(chunks)
     if workers == 1:
-        yield from map(Encoder(tokenizer, jsonl_key), batches)
+        yield from map(encoder, batches)
         return
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer.model, jsonl_key))
+    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (encoder,))
     pending: deque[Future[Encoded]] = deque()
     try:
         for batch in batches:
@@ -107,12 +115,12 @@ def _batched(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
 _encoder: Encoder
 
 
-def _start_worker(model: bytes, jsonl_key: str) -> None:
+def _start_worker(encoder: Encoder) -> None:
     global _encoder
     # The parent answers Ctrl-C; and should it be killed, nobody else ends a worker that waits for its queue.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _encoder = Encoder(SentencePieceTokenizer(model), jsonl_key)
+    _encoder = encoder
 
 
 def _exit_with_parent() -> None:

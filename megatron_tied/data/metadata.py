@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,8 +22,9 @@ _SCAN_TOKENS = 1 << 24
 class Metadata:
     """The content of PREFIX.json, the last file of a data set to appear.
 
-    `tokenizer` is a path relative to PREFIX.json's directory.
-    ."""
+    `tokenizer` is a path relative to PREFIX.json's directory, or the name of a tiktoken encoding. `source` says which
+    rows of which data set of `datasets` the text is; None for files.
+    """
 
     documents: int
     tokens: int
@@ -36,6 +38,8 @@ class Metadata:
     skipped_records: int
     empty_records: int
     replaced_characters: int
+    separator: str = "after"
+    source: Mapping[str, object] | None = None
     format: str = FORMAT
 
     def write(self, path: Path) -> None:

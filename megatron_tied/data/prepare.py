@@ -1,20 +1,19 @@
-"""From text files to a Megatron indexed data set: PREFIX.bin, .idx, .json, and .model when one is trained."""
+"""From text to a Megatron indexed data set: PREFIX.bin, .idx, .json, and .model when a tokenizer is trained."""
 
 from __future__ import annotations
 
 import os
 import time
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
-from megatron_tied.data.encode import Encoded, encode_all, usable_cpus
-from megatron_tied.data.metadata import Metadata
+from megatron_tied.data.adapters import Tokenizer, is_tiktoken, load_tokenizer
+from megatron_tied.data.encode import Encoder, Place, encode_all, usable_cpus
+from megatron_tied.data.metadata import Metadata, with_suffix
 from megatron_tied.data.sources import (
     Chunk,
     Source,
@@ -26,27 +25,33 @@ from megatron_tied.data.sources import (
     sample,
 )
 from megatron_tied.data.staging import Staging
+from megatron_tied.data.stream import TEXT, Request, Stream
 from megatron_tied.data.tokenizer import SAMPLE_BYTES, SentencePieceTokenizer, train_tokenizer
+from megatron_tied.data.writer import Writer
 from megatron_tied.errors import ConfigError, Problem
 
 SEED = 1234
 
-# A Megatron index counts the tokens of a sequence in int32.
-_MAX_SEQUENCE_TOKENS = 2**31 - 1
 _SAMPLE_CHUNK_BYTES = 1 << 16
 # Starting a worker takes about as long as encoding this much text.
 _BYTES_WORTH_A_WORKER = 4 << 20
+# How much text an interrupted run may have to encode again.
+_SAVE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare_data` did: the data set's metadata, and how long it took on how many workers."""
+    """What was done: the data set's metadata, and how long `text_bytes` of it took on how many workers.
+
+    The other bytes are of runs before, which were interrupted.
+    """
 
     metadata: Metadata
-    tokenizer: Path
+    tokenizer: str | Path
     first_skipped: str
     seconds: float
     workers: int
+    text_bytes: int
 
 
 def prepare_data(
@@ -59,29 +64,31 @@ def prepare_data(
     workers: int | None = None,
     overwrite: bool = False,
     sample_bytes: int = SAMPLE_BYTES,
+    separator: Place = "after",
 ) -> Prepared:
-    """Tokenise `inputs` into the data set `output`, with the model file `tokenizer` or one trained on them.
+    """Tokenise `inputs` into the data set `output`, with the tokenizer of that name or one trained on them.
 
     When `tokenizer` is None, one of `vocab_size` pieces is trained on a random sample of `sample_bytes`. Each
-    document ends with the separator. The files are the same whatever the number of `workers` (default: one
-    per usable CPU), and appear only when complete, the metadata last. Raises `ConfigError` for bad input.
+    document has one separator. The files are the same whatever the number of `workers` (default: one per usable
+    CPU), and appear only when complete, the metadata last. Raises `ConfigError` for bad input.
     """
     prefix = Path(output)
     _check(prefix, tokenizer, vocab_size, workers, sample_bytes)
-    given = SentencePieceTokenizer.load(tokenizer, field="--tokenizer") if tokenizer else None
+    given = load_tokenizer(tokenizer, field="--tokenizer") if tokenizer else None
     sources = find_sources(inputs)
     check_records(sources, jsonl_key)
     total = sum(source.path.stat().st_size for source in sources)
     workers = min(workers or usable_cpus(), 1 + total // _BYTES_WORTH_A_WORKER)
     with Staging(prefix, overwrite=overwrite, writes_model=given is None) as staging:
         start = time.monotonic()
+        pieces: Tokenizer
         if given is None:
             pieces = _trained(sources, total, jsonl_key, vocab_size or 0, sample_bytes)
             staging.path(".model").write_bytes(pieces.model)
         else:
             pieces = given
-        writer = _Writer(staging, pieces.vocab_size)
-        encoded = encode_all(read_chunks(sources), pieces, jsonl_key, workers)
+        writer = Writer(staging, pieces.vocab_size)
+        encoded = encode_all(read_chunks(sources), Encoder(pieces, jsonl_key, separator), workers)
         with closing(encoded) as batches, _bar(total, "tokenising") as bar:
             for batch in batches:
                 writer.add(batch)
@@ -89,79 +96,71 @@ def prepare_data(
         if not writer.documents:
             raise ConfigError(Problem("--input", [str(path) for path in inputs], "must hold text"))
         writer.finish()
-        model = tokenizer or f"{prefix}.model"
-        metadata = writer.metadata(pieces, os.path.relpath(model, prefix.parent))
+        model = tokenizer or with_suffix(prefix, ".model")
+        metadata = writer.metadata(pieces, _seen_from(prefix, model), separator, None)
         metadata.write(staging.path(".json"))
         staging.commit()
-    return Prepared(metadata, Path(model), writer.tally.first_skipped, time.monotonic() - start, workers)
+    seconds = time.monotonic() - start
+    return Prepared(metadata, model, writer.tally.first_skipped, seconds, workers, metadata.source_bytes)
 
 
-class _Writer:
-    """Megatron-Core's indexed data set builder, fed with batches; a document's pieces become one sequence."""
+def prepare_dataset(
+    request: Request,
+    output: str | Path,
+    *,
+    tokenizer: str | Path,
+    max_tokens: int | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    separator: Place = "after",
+) -> Prepared:
+    """Tokenise the rows that `request` names into the data set `output`, until it has `max_tokens` or they end.
 
-    def __init__(self, staging: Staging, vocab_size: int) -> None:
-        from megatron_tied import platform
-
-        platform.prepare()
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-        self._index_path = str(staging.path(".idx"))
-        self.dtype = np.dtype(DType.optimal_dtype(vocab_size))
-        self._builder = IndexedDatasetBuilder(str(staging.path(".bin")), dtype=self.dtype.type)
-        # The builder's lists would take some 40 bytes for each number; a corpus has many short documents.
-        self._builder.sequence_lengths = array("i")
-        self._builder.document_indices = array("q", [0])
-        self._inside_document = False
-        self.documents = 0
-        self.tokens = 0
-        self.max_token_id = -1
-        self.tally = Tally()
-
-    def add(self, batch: Encoded) -> None:
-        import torch
-
-        ids = torch.from_numpy(batch.ids)
-        start = 0
-        for length, ends in zip(batch.lengths, batch.ends, strict=True):
-            self._builder.add_item(ids[start : start + length])
-            start += length
-            if self._inside_document:
-                self._join_last_two()
-            if ends:
-                self._builder.end_document()
-                self.documents += 1
-            self._inside_document = not ends
-        if start:
-            self.max_token_id = max(self.max_token_id, int(batch.ids.max()))
-        self.tokens += start
-        self.tally.add(batch.tally)
-
-    def finish(self) -> None:
-        """Write the index; the builder closes both files."""
-        self._builder.finalize(self._index_path)
-
-    def metadata(self, tokenizer: SentencePieceTokenizer, tokenizer_path: str) -> Metadata:
-        return Metadata(
-            documents=self.documents,
-            tokens=self.tokens,
-            max_token_id=self.max_token_id,
-            vocab_size=tokenizer.vocab_size,
-            eod=tokenizer.eod,
-            dtype=self.dtype.name,
-            tokenizer=tokenizer_path,
-            tokenizer_sha256=tokenizer.sha256,
-            source_bytes=self.tally.text_bytes,
-            skipped_records=self.tally.skipped,
-            empty_records=self.tally.empty,
-            replaced_characters=self.tally.replaced,
+    The documents that are encoded together are written together, so that it may be as many tokens more as 1 MiB of text
+    has. A run that was interrupted is gone on with by the next one that asks for the same, and the files are those of
+    one run. Otherwise as `prepare_data`; raises OSError when the rows cannot be read.
+    """
+    prefix = Path(output)
+    _check(prefix, tokenizer, None, workers, SAMPLE_BYTES)
+    counts = {"--max-tokens": max_tokens, "--max-rows": request.max_rows}
+    problems = [Problem(field, n, "must be an integer >= 1") for field, n in counts.items() if n is not None and n < 1]
+    if request.skip_rows < 0:
+        problems.append(Problem("--skip-rows", request.skip_rows, "must be an integer >= 0"))
+    if problems:
+        raise ConfigError(problems)
+    pieces = load_tokenizer(tokenizer, field="--tokenizer")
+    stream = Stream(request)
+    workers = workers or usable_cpus()
+    source = stream.identity() | {"max_tokens": max_tokens}
+    asked = source | {"separator": separator, "tokenizer_sha256": pieces.sha256}
+    with Staging(prefix, overwrite=overwrite, writes_model=False, request=asked) as staging:
+        start = time.monotonic()
+        writer = Writer(staging, pieces.vocab_size)
+        saved = before = writer.tally.text_bytes
+        end = float("inf") if max_tokens is None else max_tokens
+        encoded = encode_all(stream.chunks(writer.position), Encoder(pieces, TEXT, separator), workers)
+        bar = tqdm(
+            total=max_tokens, initial=writer.tokens, desc="tokenising", unit="tok", unit_scale=True, disable=None
         )
+        with closing(encoded) as batches, bar:
+            while writer.tokens < end and (batch := next(batches, None)) is not None:
+                writer.add(batch)
+                bar.update(len(batch.ids))
+                if writer.tally.text_bytes - saved >= _SAVE_BYTES:
+                    writer.save(batch.position)
+                    saved = writer.tally.text_bytes
+        if not writer.documents:
+            raise ConfigError(Problem("--dataset", request.dataset, "must hold text in the rows that are asked for"))
+        writer.finish()
+        metadata = writer.metadata(pieces, _seen_from(prefix, tokenizer), separator, source)
+        metadata.write(staging.path(".json"))
+        staging.commit()
+    seconds, text_bytes = time.monotonic() - start, metadata.source_bytes - before
+    return Prepared(metadata, tokenizer, writer.tally.first_skipped, seconds, workers, text_bytes)
 
-    def _join_last_two(self) -> None:
-        # GPT data sets shuffle and split sequences, whatever document they are of.
-        lengths = self._builder.sequence_lengths
-        if lengths[-2] + lengths[-1] <= _MAX_SEQUENCE_TOKENS:
-            last = lengths.pop()
-            lengths[-1] += last
+
+def _seen_from(prefix: Path, tokenizer: str | Path) -> str:
+    return str(tokenizer) if is_tiktoken(tokenizer) else os.path.relpath(tokenizer, prefix.parent)
 
 
 def _check(

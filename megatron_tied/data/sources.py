@@ -62,14 +62,19 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Whole lines of a JSON Lines file, or a piece of a text file, which is one document."""
+    """Whole lines of a JSON Lines file, or a piece of a text file, which is one document.
+
+    `position` is where its source goes on after it, for sources that can be read from there.
+    """
 
     data: bytes
     path: str
     is_jsonl: bool
     first_line: int
+    starts_document: bool
     ends_document: bool
     disk_bytes: int
+    position: tuple[int, ...] = ()
 
 
 @dataclass
@@ -198,14 +203,14 @@ def _walk(root: Path) -> Iterator[Source]:
 
 
 def _chunks_of(source: Source, file: BinaryIO, chunk_bytes: int) -> Iterator[Chunk]:
-    line, position = 1, 0
+    line, position, starts = 1, 0, True
     pieces = _cut(_blocks(source, file, chunk_bytes), source)
     data = next(pieces, b"").removeprefix(_BOM) or next(pieces, b"")
     while data:
         following = next(pieces, b"")
         ends = source.is_jsonl or not following
-        yield Chunk(data, str(source.path), source.is_jsonl, line, ends, file.tell() - position)
-        line, position = line + data.count(b"\n"), file.tell()
+        yield Chunk(data, str(source.path), source.is_jsonl, line, starts, ends, file.tell() - position)
+        line, position, starts = line + data.count(b"\n"), file.tell(), source.is_jsonl
         data = following
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -46,6 +47,9 @@ class SentencePieceTokenizer:
             valid = f"must define the piece {SEPARATOR} or an end-of-sentence piece, to end documents with"
             raise ConfigError(Problem(field, source, valid))
         self.eod: int = eod
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model,)
 
     @classmethod
     def load(cls, path: str | Path, *, field: str = "tokenizer") -> SentencePieceTokenizer:

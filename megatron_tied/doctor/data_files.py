@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_tied.data.adapters import vocabulary_file
 from megatron_tied.data.checks import parse_blend
 from megatron_tied.data.metadata import with_suffix
 from megatron_tied.doctor.findings import Finding, Level, differences, hosts_by_value, listed, minority
@@ -33,15 +34,15 @@ def check_data_files(world: World, config: RunConfig) -> list[Finding]:
 
 
 def data_files(config: RunConfig) -> list[Path]:
-    """The files of every data set, and the tokenizer."""
+    """The files of every data set, and the tokenizer's."""
     data = config.data
     blends = {"data.train": data.train, "data.validation": data.validation}
     prefixes = [
         prefix for field, blend in blends.items() if blend is not None for prefix in parse_blend(blend, field).prefixes
     ]
     files = [with_suffix(prefix, suffix) for prefix in prefixes for suffix in (".bin", ".idx", ".json")]
-    tokenizer = [Path(data.tokenizer).absolute()] if data.tokenizer is not None else []
-    return list(dict.fromkeys([*files, *tokenizer]))
+    vocabulary = None if data.tokenizer is None else vocabulary_file(data.tokenizer)
+    return list(dict.fromkeys([*files, *([] if vocabulary is None else [vocabulary.absolute()])]))
 
 
 def checksum(path: Path) -> str:

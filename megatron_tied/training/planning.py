@@ -83,9 +83,9 @@ def planned_subject(config: RunConfig, hardware: Hardware) -> Subject:
     """The model of `config` on `hardware`. Raises ConfigError if nothing says how large its vocabulary is."""
     vocab_size = config.model.vocab_size
     if vocab_size is None and config.data.tokenizer is not None:
-        from megatron_tied.data.tokenizer import SentencePieceTokenizer
+        from megatron_tied.data.adapters import load_tokenizer
 
-        vocab_size = SentencePieceTokenizer.load(config.data.tokenizer, field="data.tokenizer").vocab_size
+        vocab_size = load_tokenizer(config.data.tokenizer, field="data.tokenizer").vocab_size
     return Subject(config.model, hardware, vocab_size)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_tied.data.adapters import load_tokenizer
 from megatron_tied.data.checks import check_data
-from megatron_tied.data.tokenizer import SentencePieceTokenizer
 from megatron_tied.engine.groups import start_distributed
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.exchange import Json, gather_json
@@ -81,7 +81,7 @@ def with_vocabulary(config: RunConfig) -> RunConfig:
     """The same with the tokenizer's vocabulary size where the model names none; `ConfigError` for no tokenizer."""
     if config.model.vocab_size is not None:
         return config
-    tokenizer = SentencePieceTokenizer.load(config.data.tokenizer, field="data.tokenizer")
+    tokenizer = load_tokenizer(config.data.tokenizer, field="data.tokenizer")
     model = config.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
     return config.model_copy(update={"model": model})
 

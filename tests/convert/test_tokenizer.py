@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tiktoken
+from tiktoken import registry
 from transformers import AutoTokenizer
 
 from megatron_tied.cli.main import main
@@ -16,6 +18,7 @@ from megatron_tied.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from megatron_tied.errors import ConfigError
 from tests.convert.hf_models import convert, save
 from tests.data.corpus import make_text
+from tests.data.hf import encoding
 
 ALPHABET = "  \n\tabab--==__ab  xé漢🙂\u2581\u00a0019<|endoftext|>"
 
@@ -49,6 +52,21 @@ def test_ids_are_sentencepieces(own: bool, tmp_path: Path) -> None:
     assert len(theirs) == ours.vocab_size
 
 
+def test_ids_are_tiktokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.ENCODINGS, "small", encoding())
+    tiktoken.list_encoding_names()
+    monkeypatch.setitem(registry.ENCODING_CONSTRUCTORS, "small", None)
+    special = put_tokenizer(Path("tiktoken:small"), tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    generator = random.Random(0)
+    drawn = ["".join(generator.choices(ALPHABET + "1234", k=generator.randint(1, 80))) for _ in range(500)]
+    for text in (Path(__file__).read_text(), make_text(400), *drawn):
+        assert theirs(text)["input_ids"] == encoding().encode(text, disallowed_special=())
+        assert theirs.decode(theirs(text)["input_ids"]) == text
+    assert special["eos_token_id"] == theirs.eos_token_id == encoding().eot_token
+    assert len(theirs) == encoding().n_vocab
+
+
 def test_a_model_that_normalises_or_is_no_bpe_is_refused(tmp_path: Path) -> None:
     texts = [make_text(400, seed) for seed in range(20)]
     for options, reason in (
@@ -78,3 +96,7 @@ def test_a_hugging_face_tokenizer_comes_back_unchanged(tmp_path: Path, capsys: p
     for name in (*names, "generation_config.json"):
         assert (exported / name).read_bytes() == (original / name).read_bytes(), name
     assert not (exported / "README.md").exists()
+    # A tokenizer.json stands for its directory.
+    given = ("--no-verify", "--tokenizer", str(original / "tokenizer.json"))
+    convert("megatron-tied", "hf", tied, tmp_path / "given", *given)
+    assert {path.name for path in tokenizer_files(tmp_path / "given")} == names

@@ -17,6 +17,7 @@ from megatron_tied.data.tokenizer import train_tokenizer
 from megatron_tied.errors import ConfigError
 from megatron_tied.platform import prepare
 from tests.data.corpus import make_text
+from tests.data.hf import hf_directory
 
 MakeData = Callable[..., Path]
 TEXTS = [make_text(100, seed) for seed in range(10)]
@@ -207,10 +208,20 @@ def test_the_tokenizer_must_be_the_one_of_the_data(data_set: MakeData, tmp_path:
     assert problems(a, validation=b) == [f"data.validation = '{b}': must have been made with the same tokenizer as {a}"]
 
 
+def test_a_tokenizer_of_another_library_is_told_from_the_others(data_set: MakeData, tmp_path: Path) -> None:
+    directory = hf_directory(tmp_path / "hf")
+    a = data_set("a", TEXTS, tokenizer=directory)
+    for name in (directory, directory / "tokenizer.json"):
+        assert problems(a, tokenizer=name, vocab_size=400) == []
+    other = hf_directory(tmp_path / "other", end="</s>")
+    (problem,) = problems(a, tokenizer=other, vocab_size=400)
+    assert problem.startswith(f"data.tokenizer = '{other}': must be the tokenizer that made {a} (hf, sha256 ")
+
+
 def test_the_tokenizer_must_know_the_ids_of_a_foreign_data_set(tmp_path: Path, model: Path) -> None:
     prefix = foreign(tmp_path / "a", [[320] * 90])
     assert problems(prefix, tokenizer=model, vocab_size=400) == [
-        f"data.tokenizer = '{model}': has 320 pieces, but {prefix} holds token id 320"
+        f"data.tokenizer = '{model}': has 320 tokens, but {prefix} holds token id 320"
     ]
     assert problems(foreign(tmp_path / "b", [[319] * 90]), tokenizer=model) == []
 

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from megatron_tied.cli.main import main
-from megatron_tied.data import encode
+from megatron_tied.data import encode, writer
 from megatron_tied.data import prepare as room
 from megatron_tied.data.metadata import Index, Metadata
 from megatron_tied.data.prepare import prepare_data
 from megatron_tied.data.staging import Staging
 from megatron_tied.data.tokenizer import SentencePieceTokenizer
+from megatron_tied.data.writer import Writer
 from megatron_tied.errors import ConfigError
 from tests.data.corpus import make_text, write_jsonl
 
@@ -125,7 +126,7 @@ def test_a_long_text_file_is_one_document_and_one_sequence(
 def test_a_document_too_long_for_one_sequence_becomes_several(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "_MAX_SEQUENCE_TOKENS", 1000)
+    monkeypatch.setattr(writer, "_MAX_SEQUENCE_TOKENS", 1000)
     text = make_text(400_000)
     (tmp_path / "x.txt").write_text(text)
     metadata = prepare_data([tmp_path / "x.txt"], tmp_path / "x", tokenizer=model, workers=1).metadata
@@ -253,7 +254,7 @@ def test_an_interrupt(
     def interrupted(self: object, batch: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(room._Writer, "add", interrupted)
+    monkeypatch.setattr(Writer, "add", interrupted)
     source = write_jsonl(tmp_path / "x.jsonl", ["one"])
     command = ["prepare-data", "--input", str(source), "--output", str(tmp_path / "x"), "--tokenizer", str(model)]
     assert main(command) == 130

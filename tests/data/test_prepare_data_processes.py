@@ -16,6 +16,7 @@ import pytest
 import sentencepiece
 
 from megatron_tied.data import encode
+from megatron_tied.data.tokenizer import SentencePieceTokenizer
 from tests.data.corpus import make_text
 
 COMMAND = [sys.executable, "-m", "megatron_tied.cli.main", "prepare-data"]
@@ -79,8 +80,9 @@ print(peak_mib() - before)
 
 
 def test_workers_leave_the_interrupt_to_their_parent(model: Path) -> None:
+    encoder = encode.Encoder(SentencePieceTokenizer.load(model), "text")
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, encode._start_worker, (model.read_bytes(), "text")) as pool:
+    with ProcessPoolExecutor(1, spawn, encode._start_worker, (encoder,)) as pool:
         assert pool.submit(signal.getsignal, signal.SIGINT).result() is signal.SIG_IGN
 
 
