@@ -133,13 +133,13 @@ def _miniature() -> Iterator[tuple[str, Row]]:
 
 
 def _row(name: str, model: Row, tie: Row, train: Row, optimizer: Row) -> Row:
-    domains = {0.75: f"{RUNS}/data/dclm_edu", 0.25: f"{RUNS}/data/finephrase"}
+    domains = {0.75: "data/paper/dclm-edu", 0.25: "data/paper/finephrase"}  # of data/prepare.sh
     return {
         "model": model,
         "tie": tie,
         "data": {
-            "train": [part for domain in domains.items() for part in domain],
-            "validation": [part for weight, prefix in domains.items() for part in (weight, f"{prefix}_held_out")],
+            "train": [part for weight, prefix in domains.items() for part in (weight, f"{prefix}-train")],
+            "validation": [part for weight, prefix in domains.items() for part in (weight, f"{prefix}-held-out")],
             "tokenizer": "tiktoken:cl100k_base",
         },
         "train": {"run_dir": f"{RUNS}/{name}", **train},

@@ -30,7 +30,7 @@ def build_optimizer(model: torch.nn.Module, settings: OptimizerConfig) -> torch.
 def adamw(groups: Sequence[dict[str, Any]], settings: OptimizerConfig, *, lr: float) -> torch.optim.AdamW:
     """AdamW over parameter groups, by PyTorch's fused kernels: CUDA's, or the CPU's for states that ZeRO offloads.
 
-    Not apex's FusedAdam and DeepSpeed's CPUAdam, which need a compiler where they run; the former counts steps by group,
-    which a checkpoint that fits any groups cannot hold.
+    Not by apex's FusedAdam and DeepSpeed's CPUAdam: they are compiled where they run, and the former counts steps by
+    group, which a checkpoint that fits any groups cannot hold.
     """
     return torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=settings.eps, fused=True)
