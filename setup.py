@@ -57,6 +57,7 @@ setup(
         "tiktoken": ["tiktoken>=0.8"],
         # datasets 4 and later run no code of a data set.
         "paper": ["datasets>=4", "tiktoken>=0.8"],
+        "eval": ["lm-eval>=0.4.13"],
         "gpu": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
     },

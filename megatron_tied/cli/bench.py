@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_tied.cli.json_file import check_place, write_json
 from megatron_tied.cli.report import report_once
 from megatron_tied.errors import ConfigError, Problem
 
@@ -61,7 +61,7 @@ def _run_all(args: argparse.Namespace) -> int:
 
     check_launcher()
     opponents = read_opponents(args.against)
-    _check_place(args.json)
+    check_place(args.json)
     jobs = _jobs(args, opponents)
     for job in jobs:
         check_job(job)
@@ -74,7 +74,7 @@ def _run_all(args: argparse.Namespace) -> int:
             results.append(result)
             console().print(report(result))
             # After each: a later config must not cost what an earlier one has found.
-            if args.json is not None and not _write(args.json, results):
+            if args.json is not None and not write_json(args.json, {"runs": results}):
                 return _FAILED
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -121,28 +121,10 @@ def _run(job: Any, *, with_memory: bool) -> dict[str, Any] | None:
     return result
 
 
-def _write(path: Path, results: list[dict[str, Any]]) -> bool:
-    try:
-        path.write_text(json.dumps({"runs": results}, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        print(f"error: --json {path} could not be written: {error.strerror}", file=sys.stderr)
-        return False
-    return True
-
-
 def _failure() -> type[Exception]:
     from megatron_tied.bench.launch import RanksFailedError
 
     return RanksFailedError
-
-
-def _check_place(path: Path | None) -> None:
-    if path is None:
-        return
-    if not path.parent.is_dir():
-        raise ConfigError(Problem("--json", str(path), "must be in a directory that is there"))
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(Problem("--json", str(path), "must be a file that can be written"))
 
 
 def _count(text: str) -> int:

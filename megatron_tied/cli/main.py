@@ -7,11 +7,23 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from megatron_tied.cli import bench, checkpoint, convert, doctor, patch, plan, prepare_data, run_report, supervise
+from megatron_tied.cli import (
+    bench,
+    checkpoint,
+    convert,
+    doctor,
+    evaluate,
+    lm_eval,
+    patch,
+    plan,
+    prepare_data,
+    run_report,
+    supervise,
+)
 from megatron_tied.cli.report import BAD_INPUT, report
 from megatron_tied.errors import ConfigError
 
-_COMMANDS = (prepare_data, plan, patch, convert, checkpoint, run_report, bench, doctor, supervise)
+_COMMANDS = (prepare_data, plan, patch, convert, checkpoint, run_report, evaluate, lm_eval, bench, doctor, supervise)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_tied.data.metadata import Index, Metadata, with_suffix
+from megatron_tied.data.metadata import describe, with_suffix
 from megatron_tied.errors import ConfigError, Problem
 
 _SEED = 0
@@ -20,10 +20,7 @@ def calibration_tokens(prefix: Path, *, tokens: int, length: int, vocab_size: in
     has token ids that a model of `vocab_size` does not know.
     """
     try:
-        if with_suffix(prefix, ".bin").is_file() and with_suffix(prefix, ".idx").is_file():
-            index, metadata = Index.read(prefix), Metadata.read(prefix)
-        else:
-            raise ValueError("must be the prefix of a data set, which has .bin and .idx files: see prepare-data")
+        index, metadata = describe(prefix)
     except (OSError, ValueError) as error:
         raise _refused(prefix, str(error)) from None
     if metadata is not None and metadata.vocab_size > vocab_size:

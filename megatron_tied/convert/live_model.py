@@ -3,10 +3,7 @@
 # ruff: noqa: E402  (Megatron-Core must be imported after the host is prepared)
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,13 +13,12 @@ from megatron_tied.platform import device, prepare
 
 prepare()
 
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from megatron_tied.checkpoint.loader import Checkpoint, load_weights
-from megatron_tied.checkpoint.manifest import Manifest
 from megatron_tied.convert.sources import WeightSource
 from megatron_tied.convert.tensors import KINDS
+from megatron_tied.inference.loading import find_model, inference_config
 from megatron_tied.layers.backends import expert_matrices
 from megatron_tied.layers.moe_layer import TiedMoELayer, tied_layers
 from megatron_tied.models.config import ModelConfig
@@ -31,25 +27,6 @@ from megatron_tied.topology import TieConfig
 
 # How many tokens go through a layer at once: their attention has a matrix for every head.
 _TOGETHER = 1024
-
-
-@contextmanager
-def one_process() -> Iterator[None]:
-    """Process groups of this process alone, unless there are some; they are gone when the context ends."""
-    if torch.distributed.is_initialized():
-        yield
-        return
-    # Nobody else is to be reached, nor to reach us.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with tempfile.TemporaryDirectory() as directory:
-        torch.distributed.init_process_group(backend, init_method=f"file://{directory}/store", rank=0, world_size=1)
-        try:
-            parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            torch.distributed.destroy_process_group()
 
 
 def model_of(source: WeightSource) -> GPTModel:
@@ -90,11 +67,9 @@ def _without_experts(source: WeightSource, tie: TieConfig) -> GPTModel:
 
 def model_of_checkpoint(directory: Path) -> GPTModel:
     """The model that the checkpoint `directory` is of, as training would load it; inside `one_process`."""
-    manifest = Manifest.read(directory)
-    embedding = manifest.tensors["weight/embedding.word_embeddings.weight"]
-    config = ModelConfig.resolve(manifest.run["model"]).model_copy(update={"vocab_size": embedding.shape[0]})
-    model = _build(config, TieConfig(**manifest.run["tie"]))
-    load_weights(model, Checkpoint(directory, manifest))
+    found = find_model(directory, field="--input")
+    model = _build(found.config, found.tie)
+    load_weights(model, Checkpoint(found.path, found.manifest))
     return model.eval()
 
 
@@ -166,7 +141,6 @@ def _causal_mask(length: int) -> torch.Tensor:
 
 
 def _build(config: ModelConfig, tie: TieConfig) -> GPTModel:
-    # What is another way to compute the same stays out, and so does dropping tokens, which is for training.
-    fields = config.model_dump() | {"expert_backend": "sequential"}
-    fields.pop("moe_expert_capacity_factor", None)
+    # What is another way to compute the same stays out.
+    fields = inference_config(config).model_dump() | {"expert_backend": "sequential"}
     return build_gpt_model(ModelConfig.resolve(fields), tie, use_transformer_engine=False)

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors import safe_open
 
 from megatron_tied.convert.calibration import calibration_tokens
-from megatron_tied.convert.live_model import Routed, model_of_one_bank, one_process, routed
+from megatron_tied.convert.live_model import Routed, model_of_one_bank, routed
 from megatron_tied.convert.matching import (
     Matrices,
     Sample,
@@ -31,6 +31,7 @@ from megatron_tied.convert.shards import save
 from megatron_tied.convert.sources import WeightSource
 from megatron_tied.convert.tensors import KINDS, count, expert_shape
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.inference.processes import one_process
 from megatron_tied.platform import device
 from megatron_tied.topology import Bank, TieTopology
 

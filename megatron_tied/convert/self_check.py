@@ -58,8 +58,9 @@ def _with_model(
     build: Callable[[], torch.nn.Module], batches: list[torch.Tensor], wanted: torch.dtype | None
 ) -> list[torch.Tensor]:
     from megatron_tied.convert import live_model
+    from megatron_tied.inference.processes import one_process
 
-    with live_model.one_process(), torch.no_grad():
+    with one_process(), torch.no_grad():
         model = build()
         if wanted is not None:
             for weight in model.parameters():

@@ -93,6 +93,13 @@ class Index:
         return index
 
 
+def describe(prefix: Path) -> tuple[Index, Metadata | None]:
+    """What the files of the data set `prefix` say of it. Raises ValueError for what is none, or is broken."""
+    if not (with_suffix(prefix, ".bin").is_file() and with_suffix(prefix, ".idx").is_file()):
+        raise ValueError("must be the prefix of a data set, which has .bin and .idx files: see prepare-data")
+    return Index.read(prefix), Metadata.read(prefix)
+
+
 def largest_token_id(prefix: Path, dtype: np.dtype) -> int:
     """The largest id in PREFIX.bin, found by reading all of it in bounded memory; -1 when it is empty."""
     largest = -1

@@ -23,7 +23,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": torch.nn.functional.gelu,
 }
 # Options that Megatron-Core would fail on late, in words of its own: (what they need, whether it is here).
-_NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
+HOST_OPTIONS: dict[str, tuple[str, Callable[[], bool]]] = {
     "apply_rope_fusion": ("Transformer Engine", lambda: HAVE_TE),
     "moe_permute_fusion": ("Transformer Engine", lambda: HAVE_TE),
     "moe_router_fusion": ("Transformer Engine", lambda: HAVE_TE),
@@ -84,7 +84,7 @@ def _lacking(model: ModelConfig) -> list[Problem]:
     wanted = model.transformer_kwargs()
     return [
         Problem(f"model.{name}", True, f"must be false on this host: it needs {what}")
-        for name, (what, is_here) in _NEEDS.items()
+        for name, (what, is_here) in HOST_OPTIONS.items()
         if wanted.get(name) and not is_here()
     ]
 

@@ -17,6 +17,7 @@ from megatron_tied.convert.hf_source import HuggingFaceSource
 from megatron_tied.convert.matched import match
 from megatron_tied.convert.sources import CheckpointSource
 from megatron_tied.errors import ConfigError
+from megatron_tied.inference.processes import one_process
 from megatron_tied.layers.moe_layer import tied_layers
 from megatron_tied.topology import TieConfig
 from tests.convert.hf_models import VOCABULARY, convert, load, logits, save, some_tokens, tiny
@@ -153,7 +154,7 @@ def test_text_goes_through_each_layer_in_parts_with_its_experts_read_once(
     expected: dict[int, tuple[torch.Tensor, ...]] = {}
     read: list[int] = []
     put, sizes = live_model.put_experts, set()
-    with live_model.one_process():
+    with one_process():
         model = live_model.model_of(source)
         for layer in tied_layers(model):
             layer.router.register_forward_hook(

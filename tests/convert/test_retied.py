@@ -9,10 +9,11 @@ import torch
 
 from megatron_tied.convert.checkpoint_output import checkpoint_pieces, run_of, write_checkpoint
 from megatron_tied.convert.hf_source import HuggingFaceSource
-from megatron_tied.convert.live_model import logits, model_of, one_process
+from megatron_tied.convert.live_model import logits, model_of
 from megatron_tied.convert.pieces import Written
 from megatron_tied.convert.retied import AverageMerge, Merge, OwnerMerge, RetiedSource
 from megatron_tied.convert.sources import CheckpointSource, WeightSource
+from megatron_tied.inference.processes import one_process
 from megatron_tied.topology import Bank, TieConfig
 from tests.convert.hf_models import assert_same_bits, convert, save, some_tokens, tensors
 
