@@ -97,7 +97,7 @@ class Runs:
         values["data"]["train"] = [0.75, str(corpus.a), 0.25, str(corpus.b)]
         values["train"] |= {"steps": STEPS, "log_every": 1, "eval_every": 0}
         # Within a window's length of the end, so that dead experts depend on what was seen before a restart.
-        values["monitor"] = {"every": 2, "expensive_every": 4, "dead_window": 12}
+        values["monitor"] = {"every": 2, "expensive_every": 4, "dead_window": 12, "tensorboard": False}
         self._config = directory / "config.yaml"
         self._config.write_text(json.dumps(values))
 
