@@ -19,6 +19,8 @@ from megatron_tied.errors import ConfigError, Problem
 # it once, in place of once per layer, saves nothing (examples/benchmarks/weight_gradient.md).
 FUSED_BELOW = 256
 
+_SHARED = {"experts_attention": "experts, attention", "all": "experts, attention, router"}
+
 
 def _is_int(value: object, minimum: float = -math.inf) -> bool:
     # bool is an int to Python, but `group_size: yes` in a config file is a mistake.
@@ -34,14 +36,18 @@ class TieConfig:
     pattern, block_size: "consecutive" cuts the middle into runs of `group_size` layers; "cyclic" cuts it into
         runs of `group_size * block_size` layers and, within a run, ties layers i and i + `block_size`.
     banks: an explicit map, one bank id (any integer) per MoE layer; overrides all fields above.
-    num_tied_experts: experts of a tied bank and of its routers (width expansion); None: as untied layers.
-    lr_divisor: what the learning rate of a tied bank is divided by: the square root of its number of layers
-        ("sqrt"), that number itself ("linear"), 1 ("none"), or the number given.
+    num_tied_experts: experts of a tied bank and of its routers (width expansion); None: as untied layers. Where nothing
+        is tied, of the middle layers: a narrow untied model, which may have as many parameters as a tied one.
+    lr_divisor: what the learning rate of a tied bank, and of the matrices of a shared attention, is divided by: the
+        square root of its number of layers ("sqrt"), that number itself ("linear"), 1 ("none"), or the number given.
     weight_gradient: "immediate" multiplies each layer's part of a tied bank's weight gradient when backward is there;
         "fused" keeps what goes into it until the owner's backward, and multiplies all of it at once, which reads
         and writes the gradient once; "auto" fuses where an expert gets fewer than `FUSED_BELOW` tokens a layer.
     pipeline: with pipeline stages, "align" has every tie group lie inside one model chunk; "allreduce" keeps a
         copy of a bank in every chunk that uses it and sums their gradients.
+    share: what the layers of a tie group have in common: "experts"; "experts_attention", attention with its query and
+        key norms too; "all", their router's weights as well. Layer norms, the losses and load that a router counts, and
+        its expert bias are each layer's own. Source: the ablation of "Tying the Loop" (arXiv:2606.16825).
     """
 
     # Read by pydantic when this class is a field of one of its models; means nothing otherwise.
@@ -57,6 +63,7 @@ class TieConfig:
     lr_divisor: Literal["sqrt", "linear", "none"] | float = "sqrt"
     weight_gradient: Literal["auto", "fused", "immediate"] = "auto"
     pipeline: Literal["align", "allreduce"] = "align"
+    share: Literal["experts", "experts_attention", "all"] = "experts"
 
     def __post_init__(self) -> None:
         if isinstance(self.banks, list):  # as YAML and JSON give it; a tuple keeps the config hashable
@@ -95,6 +102,11 @@ class TieConfig:
                 'must be "auto", "fused" or "immediate"',
             ),
             ("pipeline", self.pipeline in ("align", "allreduce"), 'must be "align" or "allreduce"'),
+            (
+                "share",
+                self.share in ("experts", "experts_attention", "all"),
+                'must be "experts", "experts_attention" or "all"',
+            ),
         )
         return [Problem(f"tie.{name}", getattr(self, name), valid) for name, ok, valid in checks if not ok]
 
@@ -177,6 +189,11 @@ class TieTopology:
         """The layers that use a bank."""
         return tuple(layer for layer, bank in enumerate(self.bank_of_layer) if bank is not None)
 
+    @property
+    def shares_more(self) -> bool:
+        """Whether layers of some tie group have more in common than their routed experts."""
+        return self.tie.share != "experts" and any(bank.is_tied for bank in self.banks)
+
     def bank(self, layer: int) -> Bank:
         """The bank that `layer` uses. Raises ValueError for a dense layer."""
         index = self.bank_of_layer[layer]
@@ -205,7 +222,12 @@ class TieTopology:
     def num_experts(self, where: Bank | int, base: int) -> int:
         """The experts of a bank, or of the bank a layer uses, in a model with `base` experts per layer."""
         bank = where if isinstance(where, Bank) else self.bank(where)
-        return self.tie.num_tied_experts if bank.is_tied and self.tie.num_tied_experts else base
+        return self.tie.num_tied_experts if self.tie.num_tied_experts and self._has_tied_width(bank) else base
+
+    def _has_tied_width(self, bank: Bank) -> bool:
+        if self.tie.group_size > 1 or self.tie.banks is not None:
+            return bank.is_tied
+        return bank.index in range(self.tie.skip_first, len(self.banks) - self.tie.skip_last)
 
     def describe(self) -> str:
         """One line for people, tie groups in brackets: `8 layers: 0 1 [2 3 4 5] 6 7`."""
@@ -213,6 +235,8 @@ class TieTopology:
         groups = " ".join(f"[{name}]" if bank.is_tied else name for bank, name in zip(self.banks, names, strict=True))
         dense = [str(layer) for layer, bank in enumerate(self.bank_of_layer) if bank is None]
         line = f"{self.num_layers} layers: {groups}"
+        if self.shares_more:
+            line += f"; shared: {_SHARED[self.tie.share]}"
         return f"{line}; dense: {' '.join(dense)}" if dense else line
 
     def to_dict(self) -> dict[str, Any]:
@@ -241,9 +265,12 @@ def _misfits(tie: TieConfig, num_moe_layers: int) -> list[Problem]:
             return []
         valid = f"must have one entry per MoE layer: {num_moe_layers}, not {len(tie.banks)}"
         return [Problem("tie.banks", list(tie.banks), valid)]
-    if tie.group_size == 1:
+    if tie.group_size == 1 and tie.num_tied_experts is None:
         return []
     middle = num_moe_layers - tie.skip_first - tie.skip_last
+    if middle == 0 and tie.group_size == 1:
+        valid = f"has no effect: all {num_moe_layers} MoE layers are prelude or coda; see tie.skip_first"
+        return [Problem("tie.num_tied_experts", tie.num_tied_experts, valid)]
     if middle < 0:
         valid = f"must not exceed {num_moe_layers} MoE layers together with tie.skip_last = {tie.skip_last}"
         return [Problem("tie.skip_first", tie.skip_first, valid)]

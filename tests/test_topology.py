@@ -51,6 +51,15 @@ def problem_fields(error: pytest.ExceptionInfo[ConfigError]) -> list[str]:
         ),
         (TieConfig(banks=[0, 1, 1, 2, 2, 3]), 6, [(0,), (1, 2), (3, 4), (5,)]),
         (TieConfig(banks=[7, -1, 7, 3, -1], group_size=4, skip_first=9), 5, [(0, 2), (1, 4), (3,)]),
+        (
+            # Of the paper: 2 + [2 x 5] + [2 x 4] + [2 x 5] + 2, blocks of two layers that are looped unequally often.
+            TieConfig(banks=[0, 1, *[2, 3] * 5, *[4, 5] * 4, *[6, 7] * 5, 8, 9]),
+            32,
+            [
+                *((0,), (1,), (2, 4, 6, 8, 10), (3, 5, 7, 9, 11), (12, 14, 16, 18), (13, 15, 17, 19)),
+                *((20, 22, 24, 26, 28), (21, 23, 25, 27, 29), (30,), (31,)),
+            ],
+        ),
     ],
 )
 def test_layout(tie, num_layers, expected):
@@ -93,8 +102,24 @@ def test_width_expansion_reaches_tied_banks_only():
     assert TieTopology.build(TieConfig(group_size=4), 9).num_experts(2, 64) == 64
 
 
+def test_width_of_an_untied_model_is_that_of_the_middle():
+    narrow = TieTopology.build(TieConfig(skip_first=1, skip_last=2, num_tied_experts=16), 8, [1, 2, 3, 4, 6, 7])
+    assert [narrow.num_experts(layer, 64) for layer in narrow.moe_layers] == [64, 16, 16, 16, 64, 64]
+    by_map = TieTopology.build(TieConfig(banks=list(range(6)), num_tied_experts=16), 6)
+    assert [by_map.num_experts(layer, 64) for layer in by_map.moe_layers] == [64] * 6
+
+
+@pytest.mark.parametrize("share", ["experts", "experts_attention", "all"])
+def test_more_is_shared_where_layers_are_tied(share):
+    tied, untied = (TieTopology.build(TieConfig(group_size=size, share=share), 8) for size in (4, 1))
+    assert tied.shares_more == (share != "experts")
+    assert not untied.shares_more
+
+
 def test_describe():
     assert TieTopology.build(TieConfig(group_size=4), 8).describe() == "8 layers: 0 1 [2 3 4 5] 6 7"
+    shared = TieTopology.build(TieConfig(group_size=2, skip_first=1, skip_last=0, share="all"), 3)
+    assert shared.describe() == "3 layers: 0 [1 2]; shared: experts, attention, router"
     cyclic = TieConfig(group_size=2, pattern="cyclic", block_size=2, skip_first=0, skip_last=0)
     assert TieTopology.build(cyclic, 5, [1, 2, 3, 4]).describe() == "5 layers: [1 3] [2 4]; dense: 0"
 
@@ -122,6 +147,7 @@ def test_describe():
         ("lr_divisor", True),
         ("lr_divisor", "cube"),
         ("weight_gradient", "eager"),
+        ("share", "attention"),
     ],
 )
 def test_problems_name_the_field(field, value):
@@ -260,7 +286,12 @@ def test_divisor_and_width_use_the_actual_bank(topology):
         layers = len(bank.layers)
         rules = {"sqrt": math.sqrt(layers), "linear": layers, "none": 1, 2.5: 2.5}
         assert topology.lr_divisor(bank) == (rules[topology.tie.lr_divisor] if layers > 1 else 1)
-        widened = topology.tie.num_tied_experts if layers > 1 else None
+        is_narrow_middle = (
+            topology.tie.banks is None
+            and topology.tie.group_size == 1
+            and topology.tie.skip_first <= bank.index < len(topology.banks) - topology.tie.skip_last
+        )
+        widened = topology.tie.num_tied_experts if layers > 1 or is_narrow_middle else None
         assert topology.num_experts(bank, 64) == (widened or 64)
 
 

@@ -156,6 +156,8 @@ def transformers_json(config: RunConfig) -> dict[str, Any]:
 
 def _transformers_problems(job: Job, name: str) -> Iterator[Problem]:
     config = job.config_of(TIED if name == HUGGINGFACE else UNTIED)
+    if config.topology().shares_more:
+        yield Problem("tie.share", config.tie.share, f"must be experts with --against {name}, which shares no more")
     for key in _OURS_ONLY:
         if value := (config.model.model_extra or {}).get(key):
             yield Problem(f"model.{key}", value, f"must be left out with --against {name}, which would do without it")

@@ -105,9 +105,12 @@ def _compared(subject: Subject, tie: TieConfig, layout: Layout) -> list[tuple[st
     """Untied beside the configured tie groups; without any, beside those that one would try first."""
     untied = replace(tie, group_size=1, banks=None, num_tied_experts=None)
     named = [("untied", subject.plan(untied, layout))]
-    if any(bank.is_tied for bank in subject.topology(tie).banks):
+    topology, experts = subject.topology(tie), subject.model.num_moe_experts
+    if any(bank.is_tied for bank in topology.banks):
         name = f"tied, g={tie.group_size}" if tie.banks is None else "tied by tie.banks"
         return [*named, (name, subject.plan(tie, layout))]
+    if any(topology.num_experts(bank, experts) != experts for bank in topology.banks):
+        return [*named, (f"untied, {tie.num_tied_experts} experts in the middle", subject.plan(tie, layout))]
     for group_size in _GROUP_SIZES[1:]:
         try:
             named.append((f"tied, g={group_size}", subject.plan(replace(untied, group_size=group_size), layout)))

@@ -27,19 +27,26 @@ _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "output_ro
 
 def plain_config(config: ModelConfig, topology: TieTopology) -> dict[str, Any]:
     """config.json for the stock class. Raises `ConfigError` for a model that it cannot be."""
-    if topology.tie.num_tied_experts not in (None, config.num_moe_experts) and any(b.is_tied for b in topology.banks):
+    if any(topology.num_experts(bank, config.num_moe_experts) != config.num_moe_experts for bank in topology.banks):
+        compact = "; --to hf-compact can have it" if any(bank.is_tied for bank in topology.banks) else ""
         valid = (
             f"cannot be exported plain: the Hugging Face classes have one number of experts for all layers, here "
-            f"{config.num_moe_experts}, and a softmax router has no bias that would mask experts added to the others; "
-            f"--to hf-compact can have it"
+            f"{config.num_moe_experts}, and a softmax router has no bias that would mask experts added to the others"
         )
-        raise ConfigError(Problem("tie.num_tied_experts", topology.tie.num_tied_experts, valid))
+        raise ConfigError(Problem("tie.num_tied_experts", topology.tie.num_tied_experts, valid + compact))
     return architecture_of(config).write(config)
 
 
 def compact_config(config: ModelConfig, topology: TieTopology) -> dict[str, Any]:
-    """config.json for the classes of the modelling file that is written beside it."""
+    """config.json for the classes of the modelling file that is written beside it.
+
+    Raises `ConfigError` for a model that it cannot be.
+    """
     architecture = architecture_of(config)
+    for bank in topology.banks:
+        if not bank.is_tied and topology.num_experts(bank, config.num_moe_experts) != config.num_moe_experts:
+            valid = "cannot be exported: there, tied layers alone have a number of experts of their own"
+            raise ConfigError(Problem("tie.num_tied_experts", topology.tie.num_tied_experts, valid))
     stem = architecture.causal_lm.removesuffix("ForCausalLM")
     module = MODELLING_FILE.removesuffix(".py")
     return architecture.write(config) | {

@@ -53,6 +53,9 @@ class CheckpointSource:
         self.remarks: list[str] = []
         self.config = _with_vocabulary(ModelConfig.resolve(run["model"]), self._reader)
         self.topology = self.config.topology(TieConfig(**run["tie"]))
+        if self.topology.shares_more:
+            valid = "cannot be converted: a Hugging Face model has attention and router of its own in every layer"
+            raise ConfigError(Problem("tie.share", self.topology.tie.share, f"{valid}, and banks are retied alone"))
         self._states = {entry.ours: entry.state for entry in entries(self.config, self.topology)}
         if problems := list(self._problems()):
             raise ConfigError(problems)

@@ -19,6 +19,7 @@ from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.layers.accumulation import UseSites
 from megatron_tied.layers.banks import describe, gradient_sites
 from megatron_tied.layers.moe_layer import tied_layers
+from megatron_tied.layers.sharing_layer import sharing_layers
 
 
 class TiedMoEEngine(DeepSpeedEngine):
@@ -138,13 +139,14 @@ class TiedMoEEngine(DeepSpeedEngine):
 
 
 def _connect_use_sites(model: torch.nn.Module) -> dict[UseSites, str]:
-    """Make every bank weight say when its gradient is whole; returns each count with its bank's name for messages."""
+    """Make every shared weight say when its gradient is whole; returns each count with its bank's name for messages."""
+    owners = [(layer.experts, layer.bank) for layer in tied_layers(model) if layer.is_owner]
+    owners += [(own, layer.bank) for layer in sharing_layers(model) if layer.is_owner for own, _ in layer.shared()]
     connected = {}
-    for layer in tied_layers(model):
-        if layer.is_owner:
-            for sites, weights in gradient_sites(layer.experts).items():
-                sites.on_change = partial(_mark_ready, weights)
-                connected[sites] = describe(layer.bank)
+    for module, bank in owners:
+        for sites, weights in gradient_sites(module).items():
+            sites.on_change = partial(_mark_ready, weights)
+            connected[sites] = describe(bank)
     return connected
 
 

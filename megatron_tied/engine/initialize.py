@@ -28,6 +28,7 @@ from megatron_tied.engine.tensor_parallel import sum_partial_gradients
 from megatron_tied.engine.zero3 import with_bank_reuse
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.layers.moe_layer import tied_layers
+from megatron_tied.layers.sharing_layer import sharing_layers
 from megatron_tied.layers.tensor_parallel import mark_tensor_parallel
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -54,7 +55,7 @@ def initialize(
     start_distributed()
     if not parallel_state.model_parallel_is_initialized():
         initialize_model_parallel()
-    for layer in tied_layers(model):
+    for layer in (*tied_layers(model), *sharing_layers(model)):
         layer.check_tied()
     ds_config = dict(config) if isinstance(config, Mapping) else load_ds_config(str(config))
     _check_config(ds_config)

@@ -14,7 +14,7 @@ def bank_reuse_distance(model: torch.nn.Module) -> int:
 
     DeepSpeed keeps a parameter gathered if it is used again within `stage3_max_reuse_distance` elements. From this
     distance on it holds a bank through its tie group; at its default of 1e9 it would also hold it, and most of a
-    model, from forward to backward.
+    model, from forward to backward. What else a tie group shares is used again behind the bank, too.
     """
     layers = {layer.layer_number: layer for layer in model.modules() if hasattr(layer, "self_attention")}
     experts = {layer.layer_index: _elements(layer.experts) for layer in tied_layers(model)}
@@ -24,7 +24,8 @@ def bank_reuse_distance(model: torch.nn.Module) -> int:
         if layer.is_owner:
             for earlier, later in zip(layer.bank.layers, layer.bank.layers[1:], strict=False):
                 between = sum(other[index] for index in range(earlier, later + 1))
-                between += sum(experts.get(index, 0) for index in range(earlier + 1, later))
+                first = earlier if layer.topology.shares_more else earlier + 1
+                between += sum(experts.get(index, 0) for index in range(first, later))
                 distances.append(between + 1)
     return max(distances)
 

@@ -1,4 +1,4 @@
-"""Ownership of expert banks: who holds the weights, who uses them, and that they stay one."""
+"""Ownership of what layers share: who holds the weights, who uses them, and that they stay one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from megatron_tied.layers.accumulation import MarkUseSite, UseSites
 from megatron_tied.layers.grouped_experts import GroupedExperts
 from megatron_tied.topology import Bank, TieTopology
 
+# Transformer Engine has a layer's input norm in the projection behind it: it stays the layer's own.
+_INPUT_NORM = ("linear_qkv.layer_norm_weight", "linear_qkv.layer_norm_bias")
+
 
 class ExpertBanks:
     """The expert banks of one model chunk while it is built: `attach` makes a layer the owner or a follower.
@@ -18,22 +21,27 @@ class ExpertBanks:
     because DeepSpeed's ZeRO 3 releases a module's weights after its own backward: a shared module would keep a
     bank gathered from its first use to the end of the pass. The Parameters are listed and optimised once, under
     the owner, since PyTorch lists a repeated Parameter under its first name; a `state_dict` names them in every layer.
-    In a pipeline, the first layer of a bank that a chunk holds is the owner there.
+    In a pipeline, the first layer of a bank that a chunk holds is the owner there. Other parts of a layer are shared
+    in the same way.
     """
 
     def __init__(self, topology: TieTopology):
         self.topology = topology
-        self._owners: dict[int, tuple[int, torch.nn.Module]] = {}
-        self._sites: dict[int, UseSites] = {}
+        self._owners: dict[tuple[int, str], tuple[int, torch.nn.Module]] = {}
+        self._sites: dict[tuple[int, str], UseSites] = {}
 
-    def attach(self, layer: int, experts: torch.nn.Module) -> torch.nn.Module:
-        """Give `layer`'s expert module its bank; returns the owner's module (`experts` itself for an owner)."""
+    def attach(self, layer: int, experts: torch.nn.Module, part: str = "experts") -> torch.nn.Module:
+        """Give `layer`'s expert module its bank; returns the owner's module (`experts` itself for an owner).
+
+        With another `part`, which names it, that module of the layer in place of its experts.
+        """
         bank = self.topology.bank(layer)
+        key = bank.index, part
         # The owner again: another model is built from the same spec, with banks of its own.
-        if bank.index not in self._owners or layer <= self._owners[bank.index][0]:
-            self._owners[bank.index] = layer, experts
-            self._sites[bank.index] = UseSites()
-        owner = self._owners[bank.index][1]
+        if key not in self._owners or layer <= self._owners[key][0]:
+            self._owners[key] = layer, experts
+            self._sites[key] = UseSites()
+        owner = self._owners[key][1]
         tie(experts, owner)
         if isinstance(experts, GroupedExperts):
             experts.share_gradients_of(owner)
@@ -41,8 +49,8 @@ class ExpertBanks:
                 shared.use_sites += 1
                 shared.fuses = partial(self.topology.fuses_weight_gradient, bank)
         else:
-            self._sites[bank.index].use_sites += 1
-            experts.register_forward_hook(MarkUseSite(self._sites[bank.index]))
+            self._sites[key].use_sites += 1
+            experts.register_forward_hook(MarkUseSite(self._sites[key]))
         return owner
 
 
@@ -50,15 +58,16 @@ def tie(experts: torch.nn.Module, owner: torch.nn.Module) -> None:
     """Make every Parameter of `experts` the one of the same name in `owner`."""
     if experts is owner:
         return
-    for follower, source in zip(experts.modules(), owner.modules(), strict=True):
+    for (path, follower), source in zip(experts.named_modules(), owner.modules(), strict=True):
         for name, parameter in source._parameters.items():
-            follower._parameters[name] = parameter
+            if f"{path}.{name}" not in _INPUT_NORM:
+                follower._parameters[name] = parameter
 
 
 def is_tied(experts: torch.nn.Module, owner: torch.nn.Module) -> bool:
     """True when every Parameter of `experts` is the owner's."""
-    pairs = zip(experts.parameters(), owner.parameters(), strict=True)
-    return all(own is shared for own, shared in pairs)
+    pairs = zip(experts.named_parameters(), owner.parameters(), strict=True)
+    return all(own is shared or name in _INPUT_NORM for (name, own), shared in pairs)
 
 
 def leave_gradients_to_autograd(experts: torch.nn.Module) -> None:

@@ -8,9 +8,10 @@ from dataclasses import fields
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.topology import TieConfig, TieTopology
 
-# What Megatron-LM's namespace and its YAML files call TieConfig's fields; `flag` makes the flag of it. Not among them:
-# `weight_gradient`, since there the gradients of all layers are added in buffers of Megatron's own.
-NAMES = {field.name: f"moe_tie_{field.name}" for field in fields(TieConfig) if field.name != "weight_gradient"}
+# Without an effect there: the gradients of all layers are added in buffers of Megatron's own, and only experts shared.
+_NOT_THERE = ("weight_gradient", "share")
+# What Megatron-LM's namespace and its YAML files call TieConfig's fields; `flag` makes the flag of it.
+NAMES = {field.name: f"moe_tie_{field.name}" for field in fields(TieConfig) if field.name not in _NOT_THERE}
 NAMES["num_tied_experts"] = "moe_tie_num_experts"
 
 

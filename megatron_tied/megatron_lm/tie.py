@@ -23,9 +23,11 @@ def tie_experts(model_chunks: list[MegatronModule], topology: TieTopology) -> li
     are cast, wrapped in DDP or given to an optimizer. Layers that are `MoELayer` become `TiedMoELayer` and give up
     their experts for those of their bank's first layer; layers built by `tied_decoder_block_spec` are tied already.
     Where the chunks of a pipeline share a bank (`tie.pipeline: allreduce`), `sum_bank_copies` must follow Megatron's
-    `finalize_model_grads`. Raises `ConfigError` if the topology does not fit the model, and, with
-    `tie.pipeline: align`, if a tie group lies in several chunks.
+    `finalize_model_grads`. Raises `ConfigError` if the topology does not fit the model or shares more than experts,
+    and, with `tie.pipeline: align`, if a tie group lies in several chunks.
     """
+    if topology.shares_more:
+        raise ConfigError(Problem("tie.share", topology.tie.share, "must be experts: nothing else is shared here"))
     for chunk in model_chunks:
         _tie_chunk(chunk, topology)
     place_copies(model_chunks, topology)

@@ -22,6 +22,7 @@ from megatron_tied.layers.grouped_experts import unsupported_options
 from megatron_tied.layers.latent_attention import LatentSelfAttention
 from megatron_tied.layers.moe_layer import TiedMoELayer
 from megatron_tied.layers.norm import TorchNorm
+from megatron_tied.layers.sharing_layer import SharingLayer
 from megatron_tied.platform.specs import Spec, spec_like, submodules_of
 from megatron_tied.topology import TieTopology
 
@@ -90,6 +91,9 @@ def _tied_layer(layer: ModuleSpec, index: int, banks: ExpertBanks, experts: Spec
     if experts is not None:
         submodules.experts = experts
     layer.submodules.mlp = spec_like(layer.submodules.mlp, TiedMoELayer, submodules, banks=banks, layer_index=index)
+    if banks.topology.shares_more and banks.topology.bank(index).is_tied:
+        layer.module = SharingLayer
+        layer.params = {**layer.params, "banks": banks, "layer_index": index}
     return layer
 
 

@@ -21,6 +21,7 @@ _COMPARED = (
     "tie.pattern",
     "tie.num_tied_experts",
     "tie.lr_divisor",
+    "tie.share",
     "parallel.expert_model_parallel_size",
     "parallel.tensor_model_parallel_size",
     "train.precision",

@@ -44,7 +44,7 @@ def gathering(tensors: Sequence[Tensor], topology: TieTopology, layout: Layout) 
     gathered, kept = {False: 0, True: 0}, {False: 0, True: 0}
     after = kept_at_turn = largest_end = largest = 0
     # A bank's tensors belong to one module, so they stay or go together.
-    for bank, module in groupby(reversed(placed), key=lambda tensor: tensor.bank):
+    for bank, module in groupby(reversed(placed), key=lambda tensor: tensor.bank if tensor.is_expert else None):
         at_module, is_bank = after, bank is not None
         for tensor in module:
             elements = local_elements(tensor, layout)
@@ -102,11 +102,12 @@ def _reuse_distance(
         return layout.max_reuse_distance
     of_bank = {bank.index: 0 for bank in topology.banks}
     for tensor in tensors:
-        if tensor.bank is not None:
+        if tensor.is_expert:
             of_bank[tensor.bank] += local_elements(tensor, layout)
     distances = []
     for bank in topology.banks:
         for earlier, later in zip(bank.layers, bank.layers[1:], strict=False):
-            between = sum(per_layer.get(layer, 0) for layer in range(earlier, later + 1)) - 2 * of_bank[bank.index]
+            ends = of_bank[bank.index] * (1 if topology.shares_more else 2)
+            between = sum(per_layer.get(layer, 0) for layer in range(earlier, later + 1)) - ends
             distances.append(between + 1)
     return max(distances, default=_DEFAULT_REUSE_DISTANCE)

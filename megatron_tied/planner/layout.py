@@ -149,6 +149,9 @@ class Layout:
         if self.pipeline_parallel > 1 and self.zero_stage > 1:
             valid = "must be 0 or 1 with pipeline parallelism: gradients are summed over its micro-batches"
             yield Problem("deepspeed.zero_optimization.stage", self.zero_stage, valid)
+        if self.pipeline_parallel > 1 and topology.shares_more:
+            valid = "must be experts with pipeline parallelism: nothing else is shared there"
+            yield Problem("tie.share", topology.tie.share, valid)
         unit = self.micro_batch_size * max(1, self.data_parallel)
         if self.global_batch_size % unit:
             valid = f"must be a multiple of {unit} = micro-batch x data parallel ranks"

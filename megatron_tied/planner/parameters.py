@@ -25,6 +25,7 @@ class ParameterCount:
 
     bank_experts: the routed experts of each bank, in the order of `TieTopology.banks`.
     untied_routed_experts: the routed experts if every layer had a copy of its bank, at the same width.
+    shared_again: of attention and routers that layers share, those that all but the first would have of their own.
     active_routed_experts: those one token passes through; a tied bank is passed once per layer that uses it.
     """
 
@@ -38,6 +39,7 @@ class ParameterCount:
     bank_experts: tuple[int, ...]
     untied_routed_experts: int
     active_routed_experts: int
+    shared_again: int = 0
 
     @property
     def routed_experts(self) -> int:
@@ -52,12 +54,12 @@ class ParameterCount:
     @property
     def untied(self) -> int:
         """All parameters if every layer had a copy of its bank: what one would store without tying."""
-        return self._unrouted + self.untied_routed_experts
+        return self._unrouted + self.shared_again + self.untied_routed_experts
 
     @property
     def active(self) -> int:
         """The parameters at work on one token, the whole embedding and output matrices included."""
-        return self._unrouted + self.active_routed_experts
+        return self._unrouted + self.shared_again + self.active_routed_experts
 
     @property
     def _unrouted(self) -> int:
@@ -76,10 +78,13 @@ def count_parameters(model: ModelConfig, topology: TieTopology, vocab_size: int 
     _check(model, topology, vocab_size)
     found: Counter[str] = Counter()
     banks: Counter[int] = Counter()
+    shared_again = 0
     for tensor in model_tensors(model, topology, vocab_size):
         found[tensor.kind] += tensor.numel * tensor.copies
-        if tensor.bank is not None:
+        if tensor.is_expert:
             banks[tensor.bank] += tensor.numel * tensor.copies
+        elif tensor.bank is not None:
+            shared_again += tensor.numel * (topology.banks[tensor.bank].size - 1)
     base = model.num_moe_experts
     per_expert = sum(tensor.numel for tensor in bank_tensors(model, topology.banks[0], 1)) if topology.banks else 0
     return ParameterCount(
@@ -93,6 +98,7 @@ def count_parameters(model: ModelConfig, topology: TieTopology, vocab_size: int 
         bank_experts=tuple(banks[bank.index] for bank in topology.banks),
         untied_routed_experts=per_expert * sum(topology.num_experts(layer, base) for layer in topology.moe_layers),
         active_routed_experts=per_expert * model.moe_router_topk * len(topology.moe_layers),
+        shared_again=shared_again,
     )
 
 

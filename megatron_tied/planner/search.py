@@ -45,8 +45,10 @@ def candidates(
     experts = subject.model.num_moe_experts
     stages = (0, 1, 2, 3) if layout.precision == "fp32" else (1, 2, 3)
     for group_size in group_sizes:
+        # Experts of tied banks are nothing to an untied model, unless one is asked for that is narrow.
+        width = tie.num_tied_experts if group_size > 1 or tie.group_size == 1 else None
         try:
-            tied = replace(tie, group_size=group_size)
+            tied = replace(tie, group_size=group_size, num_tied_experts=width)
             topology = subject.topology(tied)
         except ConfigError:
             continue  # too few layers for such groups

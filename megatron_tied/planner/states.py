@@ -129,8 +129,9 @@ def _sizes(tensors: Sequence[Tensor], topology: TieTopology, layout: Layout, lay
     banks: Counter[int] = Counter()
     for tensor in tensors:
         elements = local_elements(tensor, layout)
-        if tensor.bank is not None:
+        if tensor.is_expert:
             banks[tensor.bank] += elements
+        if tensor.bank is not None:
             layer = max(layer for layer in topology.banks[tensor.bank].layers if layer in layers)
         elif tensor.layer is not None:
             layer = tensor.layer
@@ -182,10 +183,10 @@ def optimizer_groups(tensors: Sequence[Tensor], topology: TieTopology, layout: L
     """The optimizer's groups as `parameter_groups` makes them: by weight decay, and banks by their LR divisor."""
     sizes: defaultdict[tuple[bool, float, bool, int], list[int]] = defaultdict(list)
     for tensor in tensors:
-        is_expert = tensor.bank is not None
-        divisor = topology.lr_divisor(topology.banks[tensor.bank]) if is_expert else 1.0
-        moments = _moments(tensor, layout)
-        sizes[is_expert, divisor, tensor.decays, moments] += [local_size(tensor, layout)] * local_copies(tensor, layout)
+        is_divided = tensor.is_expert or (tensor.bank is not None and tensor.kind == "attention" and tensor.decays)
+        divisor = topology.lr_divisor(topology.banks[tensor.bank]) if is_divided else 1.0
+        group = tensor.is_expert, divisor, tensor.decays, _moments(tensor, layout)
+        sizes[group] += [local_size(tensor, layout)] * local_copies(tensor, layout)
     groups = []
     for (is_expert, _, _, moments), of_group in sizes.items():
         ranks = layout.expert_data_parallel if is_expert else layout.data_parallel

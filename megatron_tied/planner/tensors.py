@@ -17,7 +17,7 @@ class Tensor(NamedTuple):
 
     numel: its elements over all ranks. cut: what spreads it over ranks: tensor parallelism, expert parallelism, or
     nothing. decays: whether it has two dimensions or more, hence weight decay. layer: None outside of the layers.
-    bank: the index of the expert bank that it is part of.
+    bank: the index of the expert bank that it is part of, or whose layers share it beside their experts.
     """
 
     kind: Kind
@@ -27,6 +27,11 @@ class Tensor(NamedTuple):
     layer: int | None = None
     bank: int | None = None
     copies: int = 1
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is part of an expert bank."""
+        return self.kind == "bank"
 
 
 def model_tensors(model: ModelConfig, topology: TieTopology, vocab_size: int) -> Iterator[Tensor]:
@@ -41,28 +46,40 @@ def model_tensors(model: ModelConfig, topology: TieTopology, vocab_size: int) ->
 
 
 def layer_tensors(model: ModelConfig, topology: TieTopology, layer: int) -> Iterator[Tensor]:
-    """The parameters that `layer` registers: a follower of a tie group has no routed experts."""
+    """The parameters that `layer` registers: a follower of a tie group has none of what the group shares."""
     for tensor in _layer(model, topology, layer):
         yield tensor._replace(layer=layer)
 
 
 def _layer(model: ModelConfig, topology: TieTopology, layer: int) -> Iterator[Tensor]:
+    share, bank = topology.tie.share, None
+    if topology.bank_of_layer[layer] is not None and topology.bank(layer).is_tied:
+        bank = topology.bank(layer).index
+    owns = bank is None or topology.is_owner(layer)
     yield from _norm(model, model.hidden_size)
-    yield from latent_attention(model) if is_latent(model) else _attention(model)
+    if owns or share == "experts":
+        for tensor in latent_attention(model) if is_latent(model) else _attention(model):
+            yield tensor._replace(bank=bank if share != "experts" else None)
     yield from _norm(model, model.hidden_size)
     if topology.bank_of_layer[layer] is None:
         yield from _mlp(model, "dense_mlp", model.ffn_hidden_size)
         return
     experts = topology.num_experts(layer, model.num_moe_experts)
-    yield Tensor("router", experts * model.hidden_size)
-    if model.add_bias_linear:
-        yield Tensor("router", experts, decays=False)
-    if topology.is_owner(layer):
+    if owns or share != "all":
+        for tensor in _router(model, experts):
+            yield tensor._replace(bank=bank if share == "all" else None)
+    if owns:
         yield from bank_tensors(model, topology.bank(layer), experts)
     if model.moe_shared_expert_intermediate_size is not None:
         if model.moe_shared_expert_gate:
             yield Tensor("shared_experts", model.hidden_size)
         yield from _mlp(model, "shared_experts", model.moe_shared_expert_intermediate_size)
+
+
+def _router(model: ModelConfig, experts: int) -> Iterator[Tensor]:
+    yield Tensor("router", experts * model.hidden_size)
+    if model.add_bias_linear:
+        yield Tensor("router", experts, decays=False)
 
 
 def bank_tensors(model: ModelConfig, bank: Bank, experts: int) -> Iterator[Tensor]:

@@ -70,8 +70,17 @@ def _tie_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> Itera
     if config.model.num_layers != other.model.num_layers:
         return
     ours, theirs = config.topology(), other.topology()
-    if ours.bank_of_layer != theirs.bank_of_layer or config.tie.num_tied_experts != other.tie.num_tied_experts:
+    ours_shared, theirs_shared = (which.tie.share if which.shares_more else "experts" for which in (ours, theirs))
+    if (ours.bank_of_layer, ours_shared) != (theirs.bank_of_layer, theirs_shared):
         yield Problem("tie", ours.describe(), f"must be {theirs.describe()}, as in {checkpoint}")
+    elif (here := _experts_by_layer(config)) != (there := _experts_by_layer(other)):
+        valid = f"must give {there} experts by layer, not {here}, as in {checkpoint}"
+        yield Problem("tie.num_tied_experts", config.tie.num_tied_experts, valid)
+
+
+def _experts_by_layer(config: RunConfig) -> list[int]:
+    topology = config.topology()
+    return [topology.num_experts(layer, config.model.num_moe_experts) for layer in topology.moe_layers]
 
 
 def _data_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> Iterator[Problem]:

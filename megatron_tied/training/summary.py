@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 
 from megatron_tied.files import write_whole
 from megatron_tied.layers.moe_layer import tied_layers
+from megatron_tied.layers.sharing_layer import sharing_layers
 from megatron_tied.layers.tensor_parallel import whole_shape
 from megatron_tied.topology import TieTopology
 
@@ -20,7 +21,7 @@ from megatron_tied.topology import TieTopology
 def parameter_figures(model: torch.nn.Module, topology: TieTopology) -> dict[str, int]:
     """Parameters of the whole model over all ranks, counted from the built modules, and their bytes.
 
-    `unique` is what is stored; `untied` what there would be if every layer had its bank to itself. To be called
+    `unique` is what is stored; `untied` what there would be if every layer had all that it uses to itself. To be called
     before ZeRO 3 partitions the parameters.
     """
     expert_parallel = parallel_state.get_expert_model_parallel_world_size()
@@ -34,6 +35,14 @@ def parameter_figures(model: torch.nn.Module, topology: TieTopology) -> dict[str
         for layer in tied_layers(model)
         if not layer.is_owner
         for weight in layer.experts.parameters()
+    )
+    followers += sum(
+        whole_shape(weight).numel()
+        for layer in sharing_layers(model)
+        if not layer.is_owner
+        for own, owner in layer.shared()
+        for weight, shared in zip(own.parameters(), owner.parameters(), strict=True)
+        if weight is shared
     )
     size = next(model.parameters()).element_size()
     return {

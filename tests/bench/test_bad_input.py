@@ -61,6 +61,10 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
             ["--against", "huggingface", "tie.num_tied_experts=32"],
             "tie.num_tied_experts = 32: cannot be",
         ),
+        (
+            ["--against", "huggingface", "tie.share=all"],
+            "tie.share = 'all': must be experts with --against huggingface",
+        ),
         (["--against", "autoep"], "parallel.expert_model_parallel_size = 1: must be more than 1 with --against autoep"),
         (
             ["--ranks", "2", "--against", "autoep", "parallel.expert_model_parallel_size=2", *OLMOE],

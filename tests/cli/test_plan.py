@@ -50,6 +50,14 @@ def test_overrides_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert plans["tied, g=2"]["parameters"]["total"] == 4_707_932_160
 
 
+def test_a_narrow_untied_model_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    plans = json.loads(told(capsys, "--arch", "olmoe", "--world-size", "8", "--json", "tie.num_tied_experts=16"))[
+        "plans"
+    ]
+    narrow = plans["untied, 16 experts in the middle"]["parameters"]["total"]
+    assert plans["untied"]["parameters"]["total"] - narrow == 12 * (64 - 16) * (3 * 2048 * 1024 + 2048)
+
+
 def test_a_search(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--arch", "olmoe", "--world-size", "8", "--search", "--group-sizes", "1,4", "--top", "3"]
     text = told(capsys, *arguments)

@@ -10,9 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatron_tied.checkpoint.weights import WeightReader
-from megatron_tied.convert import modeling_megatron_tied
+from megatron_tied.convert import hf_output, modeling_megatron_tied
 from megatron_tied.errors import ConfigError
+from megatron_tied.topology import TieConfig
 from tests.convert.hf_models import LATENT, assert_same_bits, convert, load, logits, save, some_tokens, tensors, tiny
+from tests.tiny_model import model_config
 
 BANKS = (0, 1, 1, 2, 1, 3)
 GROUP = (1, 2, 4)
@@ -127,6 +129,15 @@ def test_wider_tied_layers_travel_compact_and_are_refused_plain(
     assert not (tmp_path / "refused").exists()
 
 
+def test_a_narrow_untied_model_is_refused() -> None:
+    config = model_config(max_position_embeddings=64)
+    narrow, whole = (config.topology(TieConfig(num_tied_experts=experts)) for experts in (4, 8))
+    for write in (hf_output.plain_config, hf_output.compact_config):
+        assert write(config, whole)
+        with pytest.raises(ConfigError, match=r"tie\.num_tied_experts = 4: cannot be exported"):
+            write(config, narrow)
+
+
 def test_what_vllm_computes_otherwise_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     original = save("olmoe", tmp_path / "original", rms_norm_eps=1e-6, norm_topk_prob=True)
     convert("hf", "hf", original, tmp_path / "copy", "--no-verify")
@@ -140,7 +151,6 @@ def test_what_vllm_computes_otherwise_is_told(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_model_without_a_stock_class_is_refused() -> None:
     from megatron_tied.convert.architectures import architecture_of
-    from tests.tiny_model import model_config
 
     config = model_config(max_position_embeddings=64)
     assert architecture_of(config).write(config)["model_type"] == "qwen3_moe"

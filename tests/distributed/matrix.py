@@ -45,12 +45,13 @@ class Job:
     banks: tuple[int, ...] = (0, 1, 1, 2, 2, 3)
     steps: int = 10
     global_batch: int = 8
+    share: str = "experts"
 
 
 @cache
 def material(job: Job) -> dict[str, Any]:
     """The reference's spec and initial weights, the batches, and the optimizer's settings."""
-    spec = tiny(job.arch, job.banks)
+    spec = tiny(job.arch, job.banks, share=job.share)
     seed = SEEDS[job.arch]
     return {
         "spec": spec,

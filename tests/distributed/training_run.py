@@ -191,7 +191,7 @@ def full_weights(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def build_engine(spec: ReferenceSpec, case: Case, start: Weights, lr: float, weight_decay: float, clip: float, **ds):
     """The engine of one case, holding the reference's weights."""
-    tie = mt.TieConfig(banks=list(spec.banks), lr_divisor=case.lr_divisor)
+    tie = mt.TieConfig(banks=list(spec.banks), lr_divisor=case.lr_divisor, share=spec.share)
     model = mt.build_gpt_model(model_config(spec, case), tie)
     if case.recompute == "non_reentrant":
         for layer in model.decoder.layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from megatron_tied import ConfigError, TieConfig, initialize_model_parallel, parameter_groups
 from megatron_tied.engine.groups import expert_group_name, is_expert_parallel, mark_expert_parameters
+from megatron_tied.engine.parameter_groups import AdamWGroups
 from megatron_tied.layers.moe_layer import tied_layers
-from tests.tiny_model import build
+from tests.tiny_model import TIE, build
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -60,6 +62,24 @@ def test_the_divisor_follows_the_banks_actual_size(rule):
     tied = {"sqrt": 2**0.5, "linear": 2.0, "none": 1.0}.get(rule, rule)
     assert of_owner == {0: 1.0, 1: pytest.approx(tied), 3: 1.0, 4: 1.0, 5: 1.0}
     assert {divisor for name, divisor in divisors.items() if ".experts." not in name} == {1.0}
+
+
+@pytest.mark.parametrize("beside_muon", [None, AdamWGroups(1.0, 0.1)], ids=["adamw", "muon"])
+@pytest.mark.parametrize("share", ["experts_attention", "all"])
+def test_a_shared_attentions_matrices_are_divided_and_neither_norms_nor_routers(share, beside_muon):
+    model = build(dataclasses.replace(TIE, share=share), add_qkv_bias=True)
+    divided: dict[str, float] = {}
+    for group in parameter_groups(model, lr=1.0, beside_muon=beside_muon):
+        assert group["lr"] == pytest.approx(1 / group["lr_divisor"])
+        divided |= {name: group["lr_divisor"] ** 2 for name in names(model, group) if group["lr_divisor"] != 1.0}
+    assert divided == {
+        f"decoder.layers.{owner}.{name}": pytest.approx(size)
+        for owner, size in ((1, 3), (4, 2))
+        for name in (
+            *("mlp.experts.fc1_weight", "mlp.experts.fc2_weight"),
+            *("self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"),
+        )
+    }
 
 
 def test_no_vector_decays_not_even_an_experts_bias():

@@ -184,6 +184,19 @@ def test_wider_tied_banks_have_wider_routers():
     assert layers[1].experts.fc1_weight.grad[8:].any()
 
 
+def test_the_middle_of_an_untied_model_may_be_narrower():
+    model = build(TieConfig(skip_first=1, skip_last=2, num_tied_experts=4))
+    layers = list(tied_layers(model))
+    for widths in (
+        [layer.router.weight.shape[0] for layer in layers],
+        [layer.experts.fc1_weight.shape[0] for layer in layers],
+        [layer.token_dispatcher.num_experts for layer in layers],
+    ):
+        assert widths == [8, 4, 4, 4, 8, 8]
+    loss(model, inputs(sequences=8)).backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+
+
 def test_dense_layers_in_between_have_no_bank():
     model = build(TieConfig(banks=[0, 1, 1, 1]), moe_layer_freq=[0, 1, 1, 0, 1, 1])
     kinds = [isinstance(layer.mlp, TiedMoELayer) for layer in model.decoder.layers]

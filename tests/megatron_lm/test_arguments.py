@@ -19,7 +19,7 @@ from tests.megatron_lm.arguments import parse
 
 def test_every_field_of_the_tie_section_that_has_an_effect_has_a_flag() -> None:
     parsed = vars(add_tie_arguments(ArgumentParser()).parse_args([]))
-    assert set(NAMES) == {field.name for field in fields(TieConfig)} - {"weight_gradient"}
+    assert set(NAMES) == {field.name for field in fields(TieConfig)} - {"weight_gradient", "share"}
     assert set(NAMES.values()) == set(parsed)
 
 

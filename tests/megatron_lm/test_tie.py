@@ -184,6 +184,7 @@ def test_experts_of_another_kind_keep_what_they_have_filled_themselves_with():
     ("banks", "tie", "changes", "message"),
     [
         ([0, 0, 0], {}, {}, "config.num_layers = 6: the topology is made for 3 layers"),
+        (BANKS, {"share": "all"}, {}, "tie.share = 'all': must be experts: nothing else is shared here"),
         (BANKS, {"num_tied_experts": 16}, {}, "tie.num_tied_experts = 16: must be 8, as the layers of the model have"),
     ],
 )

@@ -17,6 +17,7 @@ def test_hyperparameters():
     expected = {
         **{"model.preset": "none", "model.num_layers": 8, "model.num_moe_experts": 16, "model.moe_router_topk": 4},
         **{"tie.group_size": 2, "tie.pattern": "consecutive", "tie.num_tied_experts": 16, "tie.lr_divisor": "sqrt"},
+        "tie.share": "all",
         **{"parallel.expert_model_parallel_size": 2, "parallel.tensor_model_parallel_size": 1},
         **{"deepspeed.zero_stage": 2, "train.precision": "bf16", "train.global_batch_size": 32},
         **{"train.seq_length": 1024, "train.seed": 7, "optimizer.lr": 3e-4, "optimizer.warmup_steps": 20},

@@ -157,7 +157,7 @@ def test_hyperparameters_are_those_of_the_same_run_and_name_its_curves(tmp_path)
         *("train/lm_loss", "validation/validation_loss", "progress/tokens_per_second")
     ]
     assert {info.name for info in experiment.hparam_infos if info.differs} == {
-        *("tie.group_size", "tie.pattern", "tie.num_tied_experts", "tie.lr_divisor", "parameters.unique")
+        *("tie.group_size", "tie.pattern", "tie.num_tied_experts", "tie.lr_divisor", "tie.share", "parameters.unique")
     }
 
 

@@ -43,7 +43,10 @@ def describe(**changes: Mapping[str, Any]) -> RunDescription:
             **{"preset": None, "num_layers": LAYERS, "hidden_size": 64, "num_moe_experts": EXPERTS},
             **{"moe_router_topk": TOP_K, "moe_aux_loss_coeff": 0.01},
         },
-        "tie": {"group_size": 2, "pattern": "consecutive", "num_tied_experts": None, "lr_divisor": "sqrt"},
+        "tie": {
+            **{"group_size": 2, "pattern": "consecutive", "num_tied_experts": None, "lr_divisor": "sqrt"},
+            "share": "all",
+        },
         "parallel": {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 1},
         "train": {"precision": "bf16", "global_batch_size": 32, "seq_length": 1024, "steps": 400, "seed": 7},
         "optimizer": {"lr": 3e-4, "warmup_steps": 20},

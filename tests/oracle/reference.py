@@ -54,9 +54,9 @@ ROUTED_SCALING = 1.5
 class ReferenceSpec:
     """Shape, tying and loss coefficients of a reference model; every layer is an MoE layer.
 
-    `banks` names the bank of each layer; of DeepSeek-V2's attention `LATENT_ATTENTION` and `YARN` say the rest.
-    `qkv_clip` applies to OLMoE alone, whose QK-norm spans the whole projection and so needs
-    `head_dim * num_heads == hidden_size`. Raises ValueError on an impossible spec.
+    `banks` names the bank of each layer, `share` what else those of one bank have in common; of DeepSeek-V2's attention
+    `LATENT_ATTENTION` and `YARN` say the rest. `qkv_clip` applies to OLMoE alone, whose QK-norm spans the whole
+    projection and so needs `head_dim * num_heads == hidden_size`. Raises ValueError on an impossible spec.
     """
 
     arch: Literal["olmoe", "qwen3_moe", "deepseek_v2"]
@@ -75,6 +75,7 @@ class ReferenceSpec:
     rope_base: float = 10000.0
     aux_coeff: float = 0.01
     z_coeff: float = 0.001
+    share: Literal["experts", "experts_attention", "all"] = "experts"
 
     def __post_init__(self) -> None:
         """Refuse what the Hugging Face classes would silently build differently."""
@@ -132,12 +133,22 @@ def build_reference(spec: ReferenceSpec, seed: int, dtype: torch.dtype = torch.f
         owner = model.model.layers[spec.owners[bank]]
         layer.mlp.experts.gate_up_proj = owner.mlp.experts.gate_up_proj
         layer.mlp.experts.down_proj = owner.mlp.experts.down_proj
+        if spec.share != "experts":
+            _alias(layer.self_attn, owner.self_attn)
+        if spec.share == "all":
+            _alias(layer.mlp.gate, owner.mlp.gate)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = 0.1 * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + noise if parameter.ndim == 1 else noise)
     return model.train()
+
+
+def _alias(module: nn.Module, owner: nn.Module) -> None:
+    for path, parameter in list(owner.named_parameters()):
+        inside, _, name = path.rpartition(".")
+        setattr(module.get_submodule(inside), name, parameter)
 
 
 def _hugging_face_model(spec: ReferenceSpec) -> PreTrainedModel:
@@ -326,9 +337,10 @@ def train_reference(
     """Train from a seed or from given weights with AdamW and return what happened.
 
     `batches` is int64 [steps, global_batch, seq + 1]; `steps` takes the first few. `lr` is one rate, or one
-    for each step. The experts of bank b learn at `lr * lr_scale_of_bank.get(b, 1)`. `clip_grad` bounds the
-    norm over all parameters (`math.inf`: no clipping). `no_decay_1d` exempts norm gains from weight decay.
-    `dtype=torch.float64` makes all arithmetic double, to tell rounding from error.
+    for each step. The experts of bank b, and the matrices of an attention that its layers share, learn at
+    `lr * lr_scale_of_bank.get(b, 1)`. `clip_grad` bounds the norm over all parameters (`math.inf`: no clipping).
+    `no_decay_1d` exempts norm gains from weight decay. `dtype=torch.float64` makes all arithmetic double, to tell
+    rounding from error.
     """
     batches = batches[:steps]
     rates = [lr] * len(batches) if isinstance(lr, int | float) else list(lr)
@@ -365,6 +377,13 @@ def _parameter_groups(
         for bank, owner in spec.owners.items()
         for parameter in model.model.layers[owner].mlp.experts.parameters()
     }
+    if spec.share != "experts":
+        bank_of_expert |= {
+            id(parameter): bank
+            for bank, owner in spec.owners.items()
+            for parameter in model.model.layers[owner].self_attn.parameters()
+            if parameter.ndim > 1
+        }
     return [
         {
             "params": [parameter],

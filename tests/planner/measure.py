@@ -52,6 +52,8 @@ class Case:
     tp: int = 1
     stage: int = 1
     group_size: int = 1
+    share: str = "experts"
+    tied_experts: int | None = None
     precision: str = "fp32"
     micro_batch: int = 1
     seq_length: int = 16
@@ -134,7 +136,8 @@ def _planned(case: Case, model: mt.ModelConfig) -> dict[str, Any]:
 
 
 def _tie(case: Case) -> mt.TieConfig:
-    return mt.TieConfig(group_size=case.group_size, skip_first=1, skip_last=1)
+    tied = {"share": case.share, "num_tied_experts": case.tied_experts}
+    return mt.TieConfig(group_size=case.group_size, skip_first=1, skip_last=1, **tied)
 
 
 def _engine(case: Case, model: mt.ModelConfig) -> Any:

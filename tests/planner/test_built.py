@@ -39,6 +39,12 @@ SMALL: dict[str, Any] = {
 }
 
 
+# As the presets' widths tie them: attention and routers too, an untied model that is narrow between its ends.
+MODES = {
+    "attention": mt.TieConfig(group_size=4, share="experts_attention"),
+    "all": mt.TieConfig(group_size=2, pattern="cyclic", block_size=2, share="all"),
+    "narrow": mt.TieConfig(num_tied_experts=8),
+}
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
@@ -64,6 +70,13 @@ def test_presets_have_the_parameters_that_are_planned(preset: str, tie: mt.TieCo
     assert count_parameters(model, topology).total == sum(sizes)
 
 
+@pytest.mark.parametrize("tie", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("preset", ["olmoe:tiny", "qwen3_moe:tiny"])
+def test_modes_have_the_parameters_that_are_planned(preset: str, tie: mt.TieConfig) -> None:
+    test_presets_have_the_parameters_that_are_planned(preset, tie)
+
+
+@pytest.mark.parametrize("share", ["experts", "experts_attention", "all"])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -78,9 +91,9 @@ def test_presets_have_the_parameters_that_are_planned(preset: str, tie: mt.TieCo
         },
     ],
 )
-def test_options_add_the_parameters_that_are_planned(fields: dict[str, Any]) -> None:
+def test_options_add_the_parameters_that_are_planned(fields: dict[str, Any], share: str) -> None:
     model = mt.ModelConfig.resolve({**SMALL, **fields})
-    tie = mt.TieConfig(group_size=2, skip_first=1, skip_last=0)
+    tie = mt.TieConfig(group_size=2, skip_first=1, skip_last=0, share=share)
     topology = model.topology(tie)
     planned = [
         size for tensor in model_tensors(model, topology, model.vocab_size) for size in [tensor.numel] * tensor.copies

@@ -22,6 +22,9 @@ STATES = [
     Case(ep=2, tp=2, stage=1, group_size=2),
     Case(ep=2, tp=2, stage=2, group_size=2, recompute="full", accumulation=2),
     Case(ep=2, stage=2, group_size=4, model={"expert_backend": "sequential"}),
+    Case(ep=2, stage=1, group_size=4, share="experts_attention"),
+    *(Case(ep=2, stage=stage, group_size=2, share="all") for stage in (2, 3)),
+    Case(ep=2, stage=1, tied_experts=4),
 ]
 LARGE: dict[str, Any] = {"micro_batch": 2, "seq_length": 128, "peak": True}
 LARGER: dict[str, Any] = {"micro_batch": 4, "seq_length": 128, "peak": True}

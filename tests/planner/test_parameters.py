@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_tied.errors import ConfigError
@@ -83,6 +85,27 @@ def test_each_kind_by_hand():
         untied_routed_experts=2 * 6 * 3 * 32 * 16,
         active_routed_experts=2 * 2 * 3 * 32 * 16,
     )
+
+
+def test_attention_and_routers_are_counted_once_where_they_are_shared():
+    tie = TieConfig(group_size=2, skip_first=1, skip_last=0)
+    experts = count(tie, **SMALL, qk_layernorm=True)
+    attention = count(replace(tie, share="experts_attention"), **SMALL, qk_layernorm=True)
+    everything = count(replace(tie, share="all"), **SMALL, qk_layernorm=True)
+    of_attention, norms, router = 32 * (32 + 16 + 16) + 32 * 32, 8 + 8, 4 * 32
+    assert (attention.attention, attention.norms) == (2 * of_attention, experts.norms - norms)
+    assert experts.total - attention.total == of_attention + norms
+    assert (everything.router, attention.total - everything.total) == (2 * router, router)
+    assert experts.untied == attention.untied == everything.untied
+    assert experts.active == attention.active == everything.active
+
+
+def test_a_narrow_untied_model_can_have_the_parameters_of_a_tied_one():
+    fields = {**SMALL, "num_layers": 12, "num_moe_experts": 64}
+    tied, narrow = count(TieConfig(group_size=4), **fields), count(TieConfig(num_tied_experts=16), **fields)
+    assert narrow.routed_experts == tied.routed_experts
+    assert tied.total - narrow.total == 8 * (64 - 16) * 32  # its routers are narrower, too
+    assert narrow.total == narrow.untied
 
 
 def test_biases_layer_norm_and_plain_mlp_by_hand():

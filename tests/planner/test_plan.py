@@ -22,6 +22,9 @@ from megatron_tied.topology import TieConfig
 TIED = TieConfig(group_size=4)
 
 
+WIDER = TieConfig(group_size=4, num_tied_experts=256)
+
+
 def subject(preset: str = "olmoe", hardware: str = "h100", **fields: object) -> Subject:
     return Subject(ModelConfig.resolve({"preset": preset, **fields}), load_hardware(hardware))
 
@@ -266,6 +269,10 @@ def test_pipeline_stages_share_the_layers_and_copy_banks_that_cross() -> None:
         ({"pipeline_parallel": 32, "world_size": 32}, "parallel.pipeline_model_parallel_size"),
         ({"pipeline_parallel": 2, "zero_stage": 2}, "deepspeed.zero_optimization.stage"),
         ({"micro_batch_size": 3}, "train.global_batch_size"),
+        (
+            {"tie": replace(TIED, share="all"), "pipeline_parallel": 2},
+            "tie.share",
+        ),
     ],
 )
 def test_what_cannot_be_laid_out_is_told(change: dict[str, object], field: str) -> None:
@@ -283,6 +290,8 @@ def test_a_search_finds_what_fits_and_sorts_it() -> None:
     times = [plan.time.total for plan in found.fitting]
     assert times == sorted(times)
     assert {plan.topology.tie.group_size for plan in found.fitting} == {1, 4}
+    of_ties = {(tied.group_size, tied.num_tied_experts) for tied, _ in candidates(planned, WIDER, layout, (1, 4))}
+    assert of_ties == {(1, None), (4, 256)}
     assert found.smallest.memory.total <= min(plan.memory.total for plan in found.fitting)
     with pytest.raises(ConfigError, match=r"tie\.banks"):
         search(planned, TieConfig(banks=list(range(48))), layout, (1,))

@@ -306,6 +306,7 @@ def test_bad_ds_config_file(config_file: Path, tmp_path: Path, content: str, mes
         (["monitor.expensive_every=15"], "monitor.expensive_every = 15: must be 0 or a multiple of monitor.every = 10"),
         (["monitor.dead_window=9"], "monitor.dead_window = 9: must be at least monitor.every = 10"),
         (["tie.group_size=0"], "tie.group_size = 0: must be an integer >= 1"),
+        (["tie.num_tied_experts=8", "tie.group_size=1", "tie.skip_first=6"], "tie.num_tied_experts = 8: has no effect"),
         (["tie.banks=[0,1]"], "tie.banks = [0, 1]: must have one entry per MoE layer"),
         (["tie.num_tied_experts=3"], "tie.num_tied_experts = 3: must be at least model.moe_router_topk = 4"),
         (
@@ -440,6 +441,26 @@ def test_another_optimizer_does_not_go_on_with_the_states_of_this(config_file: P
     muon = load_config(config_file, ["optimizer.name=muon"])
     (problem,) = resume_problems(muon, saved, "step_1")
     assert str(problem).startswith("optimizer.name = 'muon': must be adamw, as in step_1")
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["tie.share=all"], "must be 8 layers: 0 1 [2 3 4 5] 6 7, as in step_1"),
+        (["tie.num_tied_experts=8"], "must give [16, 16, 16, 16, 16, 16, 16, 16] experts by layer, not [16, 16, 8, 8,"),
+    ],
+)
+def test_what_layers_share_and_how_wide_they_are_stays_when_a_run_goes_on(config_file: Path, overrides, line):
+    tied = "tie.group_size=4"
+    saved = load_config(config_file, [tied]).model_dump(mode="json")
+    (problem,) = resume_problems(load_config(config_file, [tied, *overrides]), saved, "step_1")
+    assert line in str(problem)
+    assert resume_problems(load_config(config_file, [tied]), saved, "step_1") == []
+
+
+def test_a_run_from_before_there_was_a_choice_goes_on(config_file: Path):
+    config = load_config(config_file, ["tie.group_size=4"])
+    saved = config.model_dump(mode="json")
+    del saved["tie"]["share"]
+    assert resume_problems(config, saved, "step_1") == []
 
 
 def test_what_is_frozen_stays_frozen_when_a_run_goes_on(config_file: Path):

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tied import build_gpt_model
+from megatron_tied import ConfigError, build_gpt_model
 from megatron_tied.checkpoint.layout import model_layout
 from megatron_tied.checkpoint.loader import load_weights, verified
 from megatron_tied.checkpoint.manifest import Manifest
 from megatron_tied.checkpoint.weights import WeightReader
+from megatron_tied.convert.sources import CheckpointSource
 from megatron_tied.training.config_file import parse_config
 from tests.distributed.launch import launch
 from tests.training.runs import Corpus, config_values, read_metrics
@@ -61,6 +62,8 @@ WITH_FROZEN = {
 }
 BITWISE |= {**WITH_FROZEN, "latent": [*LATENT, f"{STAGE}=3"]}
 BITWISE |= {"muon, zero2": [*MUON, f"{STAGE}=2"], "muon, zero3, bf16": [*MUON, f"{STAGE}=3", "train.precision=bf16"]}
+SHARED = ["tie.share=all", *MUON]
+BITWISE |= {"shared, zero2": [*SHARED, f"{STAGE}=2"], "shared, zero3": ["tie.share=experts_attention", f"{STAGE}=3"]}
 # From the checkpoint of "zero1" on two processes.
 ON_TWO = {
     "to zero3": [f"{STAGE}=3"],
@@ -77,6 +80,7 @@ ON_TWO_FROM = {
     ("frozen, zero2", "frozen, to zero3, tp2"): [FROZEN, f"{STAGE}=3", f"{TP}=2"],
     ("muon, zero2", "muon, to zero3, ep1"): [*MUON, f"{STAGE}=3", f"{EP}=1"],
     ("muon, zero2", "muon, to offload"): [*MUON, f"{STAGE}=2", OFFLOAD],
+    ("shared, zero2", "shared, to zero3, ep1"): [*SHARED, f"{STAGE}=3", f"{EP}=1"],
     ("latent", "latent, to zero1, tp2, ep1"): [*LATENT, f"{STAGE}=1", f"{TP}=2", f"{EP}=1"],
 }
 # From a checkpoint written by (world 4, EP 2, ZeRO 2): world -> name -> how it is gone on with there.
@@ -187,7 +191,7 @@ def test_weights_only_begin_a_new_run_where_the_other_ended(runs: Runs) -> None:
 
 
 def test_a_checkpoint_holds_each_parameter_once(runs: Runs) -> None:
-    for name, world in (("zero1", 2), ("4, 2, zero2", 4)):
+    for name, world in (("zero1", 2), ("4, 2, zero2", 4), ("shared, zero3", 2)):
         parameters = json.loads((runs.directory / name / "summary.json").read_text())["parameters"]["unique"]
         directory = runs.checkpoint(name, STEPS)
         manifest = Manifest.read(directory)
@@ -202,6 +206,11 @@ def test_a_checkpoint_holds_each_parameter_once(runs: Runs) -> None:
         assert on_disk == sum(file.bytes for file in manifest.files.values())
         headers = sum(_header_bytes(file) for file in directory.glob("*.safetensors"))
         assert on_disk - headers - elements["rng"] == pytest.approx(3 * 4 * parameters, rel=0.02)
+
+
+def test_what_layers_share_beside_experts_is_not_converted(runs: Runs) -> None:
+    with pytest.raises(ConfigError, match=r"tie\.share = 'all': cannot be converted"):
+        CheckpointSource(runs.checkpoint("shared, zero2", STEPS))
 
 
 @pytest.mark.parametrize("name", WITH_FROZEN)
