@@ -441,6 +441,8 @@ def test_another_optimizer_does_not_go_on_with_the_states_of_this(config_file: P
     muon = load_config(config_file, ["optimizer.name=muon"])
     (problem,) = resume_problems(muon, saved, "step_1")
     assert str(problem).startswith("optimizer.name = 'muon': must be adamw, as in step_1")
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
