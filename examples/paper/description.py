@@ -21,6 +21,7 @@ RUNS = "runs/paper"
 Row = Mapping[str, Mapping[str, Any]]
 
 ARCHITECTURES = {"olmoe": 64, "deepseek": 64, "qwen3_moe": 60}  # experts of an untied layer
+LAYERS = {"olmoe": 16, "deepseek": 16, "qwen3_moe": 28}
 SCALES = {"regular": 30_000, "small": 20_000, "tiny": 20_000}  # steps
 # Of the tie section, given the experts of an untied layer. narrow: untied, with as many parameters as g4.
 VARIANTS = {
@@ -60,7 +61,9 @@ def _main() -> Iterator[tuple[str, Row]]:
         for scale, steps in SCALES.items():
             for variant, tie in VARIANTS.items():
                 name = f"{architecture}-{scale}-{variant}"
-                model = {"preset": architecture, "scale": scale, "init_method": "depth_scaled_xavier"}
+                model = {"preset": architecture, "scale": scale, **_of_every_model(LAYERS[architecture])}
+                if architecture == "qwen3_moe":
+                    model["rotary_base"] = 10_000
                 train = {"steps": steps, "seq_length": 2048, "global_batch_size": 256, "eval_every": 500}
                 size = {"micro_batch_size": 4 if scale == "regular" else 16}
                 yield name, _row(name, model, tie(experts), train | size, optimizer={})
@@ -87,14 +90,14 @@ def _ablation_row(granularity: str, variant: str, tie: Mapping[str, Any]) -> tup
         "hidden_size": 512,
         "num_attention_heads": 8,
         **GRANULARITIES[granularity],
-        "moe_aux_loss_coeff": 0.0 if granularity == "dense" else 1e-2,
-        "moe_z_loss_coeff": 0.0 if granularity == "dense" else 1e-4,
         "qk_layernorm": True,
         "layernorm_epsilon": 1e-6,
         "vocab_size": 100_277,
         "share_embeddings_and_output_weights": True,
-        "init_method": "depth_scaled_xavier",
+        **_of_every_model(32),
     }
+    if granularity == "dense":
+        model |= {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.0}
     train = {"steps": 10_000, "seq_length": 512, "global_batch_size": 256, "micro_batch_size": 32, "eval_every": 500}
     return name, _row(name, model, tie, train, optimizer={"warmup_steps": 50, "adamw_weight_decay": 0.0})
 
@@ -121,7 +124,7 @@ def _miniature() -> Iterator[tuple[str, Row]]:
         "moe_router_topk": 4,
         "moe_ffn_hidden_size": 64,
         "vocab_size": 4096,
-        "init_method": "depth_scaled_xavier",
+        **_of_every_model(12),
     }
     train = {"steps": 300, "seq_length": 256, "micro_batch_size": 8, "global_batch_size": 8, "precision": "fp32"}
     for variant, tie in VARIANTS.items():
@@ -130,6 +133,12 @@ def _miniature() -> Iterator[tuple[str, Row]]:
         stdlib = "runs/quickstart/data/stdlib"
         data = {"train": stdlib, "split": [0.95, 0.05], "tokenizer": f"{stdlib}.model", "num_workers": 0}
         yield variant, {**sections, "data": data, "checkpoint": {"save_every": 100, "keep_last": 1}}
+
+
+def _of_every_model(layers: int) -> dict[str, Any]:
+    # The paper's code takes the mean of each router loss over the layers, Megatron-Core the sum.
+    losses = {"moe_aux_loss_coeff": 1e-2 / layers, "moe_z_loss_coeff": 1e-4 / layers}
+    return {"init_method": "depth_scaled_xavier", **losses}
 
 
 def _row(name: str, model: Row, tie: Row, train: Row, optimizer: Row) -> Row:

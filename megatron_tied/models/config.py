@@ -59,7 +59,13 @@ TRAINING_ONLY_FIELDS = {
     *("preset", "scale", "expert_backend", "moe_token_dispatcher_type"),
     *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
     *("hidden_dropout", "attention_dropout", "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate"),
-    *("init_method_std", "moe_router_load_balancing_type", "moe_router_dtype", "moe_expert_capacity_factor"),
+    *(
+        "init_method",
+        "init_method_std",
+        "moe_router_load_balancing_type",
+        "moe_router_dtype",
+        "moe_expert_capacity_factor",
+    ),
     *("moe_permute_fusion", "moe_router_fusion", "moe_shared_expert_overlap", "masked_softmax_fusion"),
     *("bias_activation_fusion", "bias_dropout_fusion", "cross_entropy_loss_fusion", "deterministic_mode"),
 }
@@ -91,7 +97,7 @@ class ModelConfig(BaseModel):
     add_bias_linear: bool = False
     hidden_dropout: NonNegativeFloat = 0.0
     # normal, with init_method_std; or Xavier's uniform with gain 1 / sqrt(3 num_layers), of query, key, value and each
-    # expert's matrices for themselves ("Tying the Loop", arXiv:2606.16825).
+    # expert's matrices for themselves, of which gate and up are one ("Tying the Loop", arXiv:2606.16825).
     init_method: Literal["normal", "depth_scaled_xavier"] = "normal"
     init_method_std: PositiveFloat = 0.02
 

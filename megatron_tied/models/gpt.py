@@ -12,8 +12,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.layers.initialization import DepthScaledXavier
 from megatron_tied.models.config import ModelConfig, indivisible
-from megatron_tied.models.initialization import DepthScaledXavier, initialize_weights
+from megatron_tied.models.initialization import initialize_weights
 from megatron_tied.models.latent_attention import is_latent
 from megatron_tied.models.spec import tied_decoder_block_spec, use_projection_norm, use_qkv_clip
 from megatron_tied.topology import TieConfig

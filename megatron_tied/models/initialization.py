@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_tied.layers.initialization import initialize_matrix
+from megatron_tied.layers.initialization import DepthScaledXavier, initialize_matrix
 from megatron_tied.layers.moe_layer import tied_layers
 from megatron_tied.layers.tensor_parallel import local_part, mark_tensor_parallel, whole_shape
 
 _QKV = "self_attention.linear_qkv.weight"
 _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
-
-
-@dataclass(frozen=True)
-class DepthScaledXavier:
-    """Fills a matrix [out, in] uniformly, with gain 1 / sqrt(3 num_layers). Source: "Tying the Loop"."""
-
-    num_layers: int
-
-    def __call__(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The matrix."""
-        return torch.nn.init.xavier_uniform_(matrix, gain=1 / math.sqrt(3 * self.num_layers))
 
 
 @torch.no_grad()
