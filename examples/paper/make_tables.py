@@ -3,7 +3,8 @@
     python examples/paper/make_tables.py runs/paper --output DIR
 
 Writes DIR/tables.md, with a table for each family of rows (olmoe-tiny, ablation's fine, ...), and DIR/FAMILY.png. A
-directory is a row's if it is called NAME-seedN and its last step is done; others are counted and left out. Differences
+directory is a row's if it is called NAME-seedN and its last step is done; without that, or without a held-out loss that
+is finite, it is named and left out. Differences
 are to the family's first row that ties nothing (g1, untied), seed by seed, with a 95 % interval over the seeds by
 Student's t.
 """
@@ -17,7 +18,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -89,21 +90,31 @@ def split_name(name: str) -> tuple[str, str]:
     return family, variant
 
 
-def read_rows(directory: Path) -> tuple[list[TableRow], int]:
-    """The rows of finished runs, in the order of their names, and how many other directories there are."""
+def read_rows(directory: Path) -> tuple[list[TableRow], list[str]]:
+    """The rows of finished runs, in the order of their names, and the names of runs that have no figures."""
     runs: dict[str, list[FinishedRun]] = defaultdict(list)
-    others = 0
-    for path in sorted(path for path in directory.iterdir() if path.is_dir()):
-        match = _RUN.fullmatch(path.name)
-        if match is None or not (path / SUMMARY).exists():
-            others += 1
+    left_out = []
+    for path in sorted(directory.iterdir()):
+        if not path.is_dir() or (match := _RUN.fullmatch(path.name)) is None:
             continue
-        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
-        runs[match["name"]].append(FinishedRun(int(match["seed"]), summary, read_lines(path / METRICS)))
+        if (run := _finished(path, int(match["seed"]))) is None:
+            left_out.append(path.name)
+        else:
+            runs[match["name"]].append(run)
     if not runs:
-        valid = "must hold directories NAME-seedN of runs that have finished"
+        valid = "must hold directories NAME-seedN of runs that have finished, with held-out losses"
         raise ConfigError(Problem("RUNS", str(directory), valid))
-    return [TableRow(*split_name(name), sorted(of, key=lambda run: run.seed)) for name, of in runs.items()], others
+    return [TableRow(*split_name(name), sorted(of, key=lambda run: run.seed)) for name, of in runs.items()], left_out
+
+
+def _finished(path: Path, seed: int) -> FinishedRun | None:
+    if not (path / SUMMARY).exists():
+        return None
+    summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    # null: the run has diverged.
+    if summary.get("validation_loss") is None:
+        return None
+    return FinishedRun(seed, summary, read_lines(path / METRICS))
 
 
 def families(rows: Iterable[TableRow]) -> dict[str, list[TableRow]]:
@@ -185,11 +196,12 @@ def plot(rows: Sequence[TableRow]) -> Figure:
 
 
 def _curves(row: TableRow) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [evaluations], and held-out losses [seeds, evaluations]."""
+    """Tokens [evaluations] of those that all seeds have, and held-out losses [seeds, evaluations]."""
     series: list[Series] = [run.lines.series["validation_loss"] for run in row.runs]
+    steps = reduce(np.intersect1d, (one.steps for one in series))
     summary = row.runs[0].summary
-    tokens = series[0].steps * (summary["tokens"] / summary["steps"])
-    return tokens, np.stack([one.values for one in series])
+    losses = [one.values[np.isin(one.steps, steps)] for one in series]
+    return steps * (summary["tokens"] / summary["steps"]), np.stack(losses)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -201,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not arguments.runs.is_dir():
             raise ConfigError(Problem("RUNS", str(arguments.runs), "must be a directory"))
-        rows, others = read_rows(arguments.runs)
+        rows, left_out = read_rows(arguments.runs)
     except ConfigError as error:
         report(error, sys.stderr)
         return BAD_INPUT
@@ -211,8 +223,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         plot(of_family).savefig(arguments.output / f"{family}.png", dpi=120)
         texts.append(f"## {family}\n\n{table(of_family)}\n")
     write_whole(arguments.output / "tables.md", "\n".join(texts))
-    count = sum(len(row.runs) for row in rows)
-    print(f"{count} runs in {arguments.output / 'tables.md'}; not finished or no row: {others}")
+    print(f"{sum(len(row.runs) for row in rows)} runs in {arguments.output / 'tables.md'}")
+    if left_out:
+        print(f"left out, not finished or without a held-out loss: {', '.join(left_out)}")
     return 0
 
 

@@ -1,37 +1,44 @@
 """Trains the rows of a grid: every config given, once for every seed, each in a run directory of its own.
 
-    python examples/paper/run_grid.py examples/paper/configs/main/olmoe-tiny-*.yaml --runs runs/paper --seeds 1 2 3 \\
-        [--jobs N] [--launch COMMAND] [section.field=value ...]
+    python examples/paper/run_grid.py examples/paper/configs/main/olmoe-tiny-*.yaml [section.field=value ...] \\
+        --runs runs/paper [--seeds 1 2 3] [--jobs N] [--launch COMMAND]
 
 What is finished is skipped, and what was interrupted goes on after its last checkpoint: after a crash or Ctrl-C type
-the same again. A row that fails is told with its log, and the others are trained all the same.
+the same again. A row that fails is told with its log, and the others are trained all the same. Each is started by
+`megatron-tied supervise`, which passes signals on to its ranks and ends what an earlier start has left. In COMMAND,
+{port} is a free port, and {job} the number from 0 of the job among N: --launch 'deepspeed --include localhost:{job}
+--master_port {port} --module megatron_tied.pretrain' gives each job a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import queue
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from megatron_tied.cli.report import BAD_INPUT, report
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.run_directory import METRICS, SUMMARY
-from megatron_tied.supervision.lock import Lock
+from megatron_tied.run_directory import CONFIG, METRICS, SUMMARY
+from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import load_config
 
+SUPERVISE = [sys.executable, "-m", "megatron_tied.cli.main", "supervise", "--restarts", "0", "--"]
 POLL_SECONDS = 1.0
 INTERRUPTED = 130
 _TAIL = 1 << 16  # bytes of metrics.jsonl that hold its last line with a loss
@@ -39,13 +46,24 @@ _TAIL = 1 << 16  # bytes of metrics.jsonl that hold its last line with a loss
 
 @dataclass(frozen=True)
 class GridRow:
-    """One training: of `config` with `overrides`, which say where it goes, for `steps` steps."""
+    """One training: of `config`, which is in the file `path` with `overrides`, and says where it goes."""
 
     name: str
-    config: Path
+    path: Path
     overrides: Sequence[str]
-    run_dir: Path
-    steps: int
+    config: RunConfig
+
+    @classmethod
+    def of(cls, path: Path, overrides: Sequence[str], runs: Path, seed: int) -> GridRow:
+        """The config in `path` with this seed. Raises ConfigError."""
+        name = f"{path.stem}-seed{seed}"
+        given = [*overrides, f"train.seed={seed}", f"train.run_dir={runs / name}"]
+        return cls(name, path, given, load_config(path, given))
+
+    @property
+    def run_dir(self) -> Path:
+        """Where it goes."""
+        return Path(self.config.train.run_dir)
 
     @property
     def is_finished(self) -> bool:
@@ -55,7 +73,7 @@ class GridRow:
     @property
     def log(self) -> Path:
         """What it printed, beside its run directory."""
-        return self.run_dir.with_suffix(".log")
+        return self.run_dir.with_name(f"{self.name}.log")
 
     def figures(self) -> tuple[int, float | None]:
         """The last step that was logged, and its loss."""
@@ -76,17 +94,36 @@ class GridRow:
 
 
 def rows_of(configs: Sequence[Path], runs: Path, seeds: Sequence[int], overrides: Sequence[str]) -> list[GridRow]:
-    """All rows, those of the first seed first. Raises ConfigError for unreadable configs and for names used twice."""
-    if twice := {path.stem for path in configs if sum(path.stem == other.stem for other in configs) > 1}:
-        valid = "must have names of their own: a run directory has the name of its config"
-        raise ConfigError(Problem("CONFIG", sorted(twice), valid))
-    rows = []
-    for seed in seeds:
-        for path in configs:
-            name = f"{path.stem}-seed{seed}"
-            given = [*overrides, f"train.seed={seed}", f"train.run_dir={runs / name}"]
-            rows.append(GridRow(name, path, given, runs / name, load_config(path, given).train.steps))
+    """All rows, those of the first seed first.
+
+    Raises ConfigError for unreadable configs, for names used twice, and for a finished row that was trained otherwise.
+    """
+    rows = [GridRow.of(path, overrides, runs, seed) for seed in seeds for path in configs]
+    names = [row.name for row in rows]
+    problems = [
+        Problem("CONFIG", name, "must be there once: a run directory has the name of its config, and its seed")
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    if not rows:
+        problems.append(Problem("CONFIG", None, "must be given"))
+    problems += [problem for row in rows if row.is_finished for problem in _trained_otherwise(row)]
+    if problems:
+        raise ConfigError(problems)
     return rows
+
+
+def _trained_otherwise(row: GridRow) -> Iterator[Problem]:
+    """Values of a finished row that are not those asked for now; what is left open was filled in by the run."""
+    asked, trained = (_flat(config) for config in (row.config, load_config(row.run_dir / CONFIG)))
+    for key, value in asked.items():
+        if value is not None and trained.get(key) != value:
+            valid = f"must be {trained.get(key)!r}, with which {row.run_dir} was trained; or give another --runs"
+            yield Problem(key, value, valid)
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    sections = config.model_dump(mode="json")
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
 class Grid:
@@ -94,6 +131,9 @@ class Grid:
 
     def __init__(self, rows: Sequence[GridRow], launch: Sequence[str], jobs: int):
         self._rows, self._launch, self._jobs = rows, launch, jobs
+        self._free_jobs: queue.Queue[int] = queue.Queue()
+        for job in range(jobs):
+            self._free_jobs.put(job)
         self._stopping = threading.Event()
         self._failed: list[str] = []
         self._progress = Progress(
@@ -125,22 +165,26 @@ class Grid:
     def _train_row(self, row: GridRow, every: TaskID) -> None:
         if self._stopping.is_set():
             return
-        task = self._progress.add_task(row.name, total=row.steps, completed=row.figures()[0], note="starting")
+        task = self._progress.add_task(
+            row.name, total=row.config.train.steps, completed=row.figures()[0], note="starting"
+        )
+        job = self._free_jobs.get()
         try:
-            with Lock(row.run_dir) as lock, row.log.open("ab") as log:
-                # The process holds the lock, too: if this one is killed, none trains into the directory beside it.
-                command = [*self._launch, "--config", str(row.config), *row.overrides]
-                process = subprocess.Popen(
-                    command, stdout=log, stderr=log, start_new_session=True, pass_fds=[lock.fileno()]
-                )
+            row.run_dir.parent.mkdir(parents=True, exist_ok=True)
+            with row.log.open("ab") as log:
+                launch = [word.format(port=_free_port(), job=job) for word in self._launch]
+                command = [*SUPERVISE, *launch, "--config", str(row.path), *row.overrides]
+                # A session of its own: Ctrl-C goes by way of this process.
+                process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
                 self._watch(row, process, task)
-        except (ConfigError, OSError) as error:
+        except OSError as error:
             self._fail(row, str(error))
         else:
             if row.is_finished:
-                self._progress.console.print(f"{row.name}: finished, loss {row.figures()[1]:.4f}")
+                self._progress.console.print(f"{row.name}: finished, {_loss(row.figures()[1])}")
             elif not self._stopping.is_set():
                 self._fail(row, f"exit code {process.returncode}, see {row.log}")
+        self._free_jobs.put(job)
         self._progress.remove_task(task)
         self._progress.update(every, completed=sum(row.is_finished for row in self._rows))
 
@@ -151,13 +195,23 @@ class Grid:
                 process.send_signal(signal.SIGTERM)  # it saves, and ends
                 told = True
             step, loss = row.figures()
-            note = "" if loss is None else f"loss {loss:.4f}"
-            self._progress.update(task, completed=step, note="saving" if told else note)
+            self._progress.update(task, completed=step, note="saving" if told else _loss(loss))
             time.sleep(POLL_SECONDS)
 
     def _fail(self, row: GridRow, why: str) -> None:
         self._failed.append(row.name)
         self._progress.console.print(f"{row.name}: failed: {why}")
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"loss {value:.4f}"
+
+
+def _free_port() -> int:
+    """A port that nobody listens on now: trainings on one host cannot share the launcher's usual one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,11 +221,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, required=True, help="where the run directories go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--jobs", type=int, default=1, help="rows that are trained at the same time")
-    parser.add_argument("--launch", default="deepspeed --module megatron_tied.pretrain", help="what starts a training")
+    parser.add_argument(
+        "--launch",
+        default="deepspeed --master_port {port} --module megatron_tied.pretrain",
+        help="what starts a training (default: %(default)s)",
+    )
     arguments = parser.parse_args(argv)
     overrides = [word for word in arguments.configs if "=" in word]
     configs = [Path(word) for word in arguments.configs if "=" not in word]
     try:
+        if arguments.jobs < 1:
+            raise ConfigError(Problem("--jobs", arguments.jobs, "must be at least 1"))
         rows = rows_of(configs, arguments.runs, arguments.seeds, overrides)
     except ConfigError as error:
         report(error, sys.stderr)

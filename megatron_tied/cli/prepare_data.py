@@ -16,7 +16,7 @@ line), each also as .gz or .zst, and directories, which are searched for prose, 
 hidden files are passed over. Or a data set of Hugging Face's `datasets` is streamed: an interrupted run is gone
 on with by the same command. Nothing appears under PREFIX before all of it is complete.
 """
-_STREAM_ONLY = ("dataset_config", "dataset_revision", "max_tokens", "max_rows", "skip_rows", "shuffle_files")
+_STREAM_ONLY = ("dataset_config", "dataset_revision", "split", "max_tokens", "max_rows", "skip_rows", "shuffle_files")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -66,7 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     stream = parser.add_argument_group("with --dataset")
     stream.add_argument("--dataset-config", metavar="NAME", help="which of its configs")
     stream.add_argument("--dataset-revision", metavar="COMMIT", help="which version on the hub (default: the newest)")
-    stream.add_argument("--split", default="train", metavar="NAME", help="which split (default: train)")
+    stream.add_argument("--split", metavar="NAME", help="which split (default: train)")
     stream.add_argument("--max-tokens", type=int, metavar="N", help="stop when so many, or a few more, are written")
     stream.add_argument("--max-rows", type=int, metavar="N", help="stop after so many rows")
     stream.add_argument("--skip-rows", type=int, metavar="N", help="pass over the first rows (default: 0)")
@@ -120,7 +120,7 @@ def _prepared(args: argparse.Namespace) -> Prepared:
     request = Request(
         args.dataset,
         config=args.dataset_config,
-        split=args.split,
+        split=args.split or "train",
         revision=args.dataset_revision,
         text_key=args.jsonl_key,
         shuffle_files=args.shuffle_files,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -31,80 +31,94 @@ class Piece:
     numel: int
     offset: int
 
+    @property
+    def here(self) -> slice:
+        """Where it is in that tensor."""
+        return slice(self.offset, self.offset + self.numel)
+
 
 class BlockExchange:
     """Where each block's pieces are among the ranks of a group, and which rank works on it.
 
-    That is a rank with the largest piece, so that few elements travel; of several, they take turns.
+    That is a rank with the largest piece, so that few elements travel; of several, they take turns. `portions` has the
+    numbers of blocks that travel together: so few that no rank works on many more than `most` elements at once.
     """
 
     def __init__(
-        self, blocks: Sequence[Block], runs: Sequence[Sequence[Run]], group: torch.distributed.ProcessGroup, rank: int
+        self,
+        blocks: Sequence[Block],
+        runs: Sequence[Sequence[Run]],
+        group: torch.distributed.ProcessGroup | None,
+        rank: int,
+        device: torch.device,
+        most: int,
     ):
-        """`runs`: of each rank of `group`, whose number `rank` is this one."""
-        self.blocks, self._group, self._rank, self._size = blocks, group, rank, len(runs)
+        """`runs`: of each rank of `group`, whose number `rank` is this one; what travels is on `device`."""
+        self.blocks, self._group, self._rank, self._ranks = blocks, group, rank, range(len(runs))
+        self._device = device
         self._pieces = [_pieces(index, block, runs) for index, block in enumerate(blocks)]
         self._owners = [_owner(index, pieces) for index, pieces in enumerate(self._pieces)]
+        self.portions = self._portions(most)
 
-    @cached_property
-    def owned(self) -> list[int]:
-        """The numbers of the blocks that this rank works on."""
-        return [index for index, owner in enumerate(self._owners) if owner == self._rank]
+    def to_owners(self, portion: Sequence[int], read: Callable[[slice], torch.Tensor]) -> dict[int, torch.Tensor]:
+        """The blocks [rows, columns] of a portion that this rank works on. A collective.
 
-    def to_owners(self, flat: torch.Tensor) -> dict[int, torch.Tensor]:
-        """This rank's `flat` tensor gives the blocks [rows, columns] that this rank works on. A collective."""
-        received = self._travel(flat, [[p for p in self._mine if self._owners[p.block] == to] for to in self._ranks])
-        found = {index: flat.new_empty(self.blocks[index].numel) for index in self.owned}
-        for sender, values in zip(self._ranks, received, strict=True):
-            theirs = [p for index in self.owned for p in self._pieces[index] if p.rank == sender]
-            for piece, part in zip(theirs, values.split([p.numel for p in theirs]), strict=True):
-                found[piece.block][piece.in_block : piece.in_block + piece.numel] = part
+        `read` gives elements of this rank's flat tensor.
+        """
+        send = [[read(p.here) for p in self._held(portion, by=self._rank, of=to)] for to in self._ranks]
+        expected = [self._held(portion, by=sender, of=self._rank) for sender in self._ranks]
+        received = self._all_to_all(send, expected, read(slice(0, 0)))
+        mine = [index for index in portion if self._owners[index] == self._rank]
+        found = {index: received[0].new_empty(self.blocks[index].numel) for index in mine}
+        for piece, part in _taken_apart(expected, received):
+            found[piece.block][piece.in_block : piece.in_block + piece.numel] = part
         return {index: value.view(self.blocks[index].rows, -1) for index, value in found.items()}
 
-    def to_holders(self, results: dict[int, torch.Tensor], flat: torch.Tensor) -> None:
-        """Write this rank's pieces of all `results`, which owners have, into `flat`, of their dtype. A collective."""
+    def to_holders(
+        self, portion: Sequence[int], results: dict[int, torch.Tensor], write: Callable[[slice, torch.Tensor], None]
+    ) -> None:
+        """Have `write` put this rank's pieces of a portion's `results`, float32, where they belong. A collective."""
+        flat = {index: result.view(-1) for index, result in results.items()}
         send = [
-            [
-                results[p.block].view(-1)[p.in_block : p.in_block + p.numel]
-                for index in self.owned
-                for p in self._pieces[index]
-                if p.rank == to
-            ]
+            [flat[p.block][p.in_block : p.in_block + p.numel] for p in self._held(portion, by=to, of=self._rank)]
             for to in self._ranks
         ]
-        expected = [[p for p in self._mine if self._owners[p.block] == owner] for owner in self._ranks]
-        received = self._all_to_all(send, [sum(p.numel for p in pieces) for pieces in expected], flat)
-        for pieces, values in zip(expected, received, strict=True):
-            for piece, part in zip(pieces, values.split([p.numel for p in pieces]), strict=True):
-                flat[piece.offset : piece.offset + piece.numel] = part
+        expected = [self._held(portion, by=self._rank, of=owner) for owner in self._ranks]
+        received = self._all_to_all(send, expected, torch.empty(0, device=self._device))
+        for piece, part in _taken_apart(expected, received):
+            write(piece.here, part)
 
-    @property
-    def _ranks(self) -> range:
-        return range(self._size)
+    def _held(self, portion: Sequence[int], *, by: int, of: int) -> list[Piece]:
+        """The pieces that rank `by` has of blocks that rank `of` works on, in an order that all ranks know."""
+        return [p for index in portion if self._owners[index] == of for p in self._pieces[index] if p.rank == by]
 
-    @cached_property
-    def _mine(self) -> list[Piece]:
-        return [piece for pieces in self._pieces for piece in pieces if piece.rank == self._rank]
-
-    def _travel(self, flat: torch.Tensor, pieces: list[list[Piece]]) -> list[torch.Tensor]:
-        send = [[flat[p.offset : p.offset + p.numel] for p in of_rank] for of_rank in pieces]
-        sizes = [
-            sum(p.numel for index in self.owned for p in self._pieces[index] if p.rank == sender)
-            for sender in self._ranks
-        ]
-        return self._all_to_all(send, sizes, flat)
+    def _portions(self, most: int) -> list[list[int]]:
+        worked: Counter[int] = Counter()
+        portions: defaultdict[int, list[int]] = defaultdict(list)
+        for index, (block, owner) in enumerate(zip(self.blocks, self._owners, strict=True)):
+            portions[worked[owner] // most].append(index)
+            worked[owner] += block.numel
+        return [portions[number] for number in sorted(portions)]
 
     def _all_to_all(
-        self, send: list[list[torch.Tensor]], sizes: list[int], like: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        outgoing = [torch.cat([like.new_empty(0), *tensors]) for tensors in send]
-        if self._size == 1:
-            return (outgoing[0],)
-        incoming = like.new_empty(sum(sizes))
+        self, send: list[list[torch.Tensor]], expected: list[list[Piece]], empty: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        outgoing = [torch.cat([empty, *tensors]) for tensors in send]
+        if len(self._ranks) == 1:
+            return outgoing
+        sizes = [sum(p.numel for p in pieces) for pieces in expected]
+        incoming = empty.new_empty(sum(sizes))
         torch.distributed.all_to_all_single(
             incoming, torch.cat(outgoing), sizes, [len(part) for part in outgoing], group=self._group
         )
         return incoming.split(sizes)
+
+
+def _taken_apart(
+    expected: Sequence[Sequence[Piece]], received: Sequence[torch.Tensor]
+) -> Iterator[tuple[Piece, torch.Tensor]]:
+    for pieces, values in zip(expected, received, strict=True):
+        yield from zip(pieces, values.split([p.numel for p in pieces]), strict=True)
 
 
 def _pieces(index: int, block: Block, runs: Sequence[Sequence[Run]]) -> list[Piece]:

@@ -10,6 +10,9 @@ from megatron_tied.engine.exchange_blocks import BlockExchange, Run
 from megatron_tied.engine.muon import MuonAdamW
 from megatron_tied.engine.partitions import runs
 
+# Elements that a rank works on at once, for which some 12 bytes each are taken meanwhile.
+MOST = 1 << 24
+
 
 def locate_matrices(engine: TiedMoEEngine, optimizer: MuonAdamW) -> None:
     """Tell `optimizer`, the inner one of `engine`, where the parts of matrices are."""
@@ -39,7 +42,7 @@ def _exchange(engine: TiedMoEEngine, holder: torch.Tensor) -> BlockExchange:
         if name in held and is_hidden_matrix(name, parameter)
         for block in blocks_of(name, getattr(parameter, "ds_shape", parameter.shape), engine.module.config)
     ]
-    return BlockExchange(blocks, everywhere, group, group.rank() if len(everywhere) > 1 else 0)
+    return BlockExchange(blocks, everywhere, group, group.rank() if len(everywhere) > 1 else 0, engine.device, MOST)
 
 
 def _group(engine: TiedMoEEngine, holder: torch.Tensor) -> torch.distributed.ProcessGroup | None:

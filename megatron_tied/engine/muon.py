@@ -64,15 +64,22 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _update(self, holder: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[holder]
-        momentum = state.setdefault(MOMENTUM, torch.zeros_like(holder))
-        momentum.lerp_(holder.grad, 1 - group["momentum"])
-        direction = holder.grad.lerp(momentum, group["momentum"]).view(-1).to(self.device, self._precision)
+        if MOMENTUM not in state:
+            state[MOMENTUM] = torch.zeros_like(holder)
+        momentum = state[MOMENTUM].lerp_(holder.grad, 1 - group["momentum"]).view(-1)
+        weight, gradient = holder.view(-1), holder.grad.view(-1)
         exchange = self.locate(holder)
-        results = _orthogonalized(exchange, exchange.to_owners(direction))
-        update = torch.zeros_like(direction, dtype=torch.float32)
-        exchange.to_holders(results, update)
+
+        def read(where: slice) -> torch.Tensor:
+            return gradient[where].lerp(momentum[where], group["momentum"]).to(self.device, self._precision)
+
+        def write(where: slice, update: torch.Tensor) -> None:
+            weight[where].add_(update.to(weight.device), alpha=-group["lr"])
+
         holder.mul_(1 - group["lr"] * group["weight_decay"])
-        holder.view(-1).add_(update.to(holder.device), alpha=-group["lr"])
+        for portion in exchange.portions:
+            results = _orthogonalized(exchange, exchange.to_owners(portion, read))
+            exchange.to_holders(portion, results, write)
 
 
 def _orthogonalized(exchange: BlockExchange, blocks: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:

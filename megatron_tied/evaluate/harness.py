@@ -94,7 +94,8 @@ class MegatronTiedLM(TemplateLM):
         contexts = [self.tok_encode(request.args[0]) or [self._prefix] for request in requests]
         settings = [normalize_gen_kwargs(request.args[1], self._max_gen_toks) for request in requests]
         if any(setting["do_sample"] for setting in settings):
-            raise ConfigError(Problem("do_sample", True, "must be false: continuations are greedy here"))
+            valid = "must be false, and temperature 0, in every task: continuations are greedy here"
+            raise ConfigError(Problem("generation_kwargs.do_sample", True, valid))
         found: dict[int, str] = {}
         with tqdm(total=len(requests), desc="generating", unit="text", disable=disable_tqdm or None) as bar:
             for batch in by_length(contexts, self._batch_size):

@@ -17,7 +17,7 @@ from megatron_tied.planner.activations import (
 )
 from megatron_tied.planner.layout import Layout
 from megatron_tied.planner.sharding import local_size
-from megatron_tied.planner.states import ModelStates, model_states
+from megatron_tied.planner.states import ModelStates, model_states, update_bytes
 from megatron_tied.planner.tensors import bank_tensors
 from megatron_tied.topology import Bank, TieTopology
 
@@ -232,15 +232,19 @@ class _Stage:
     def _highest_in_update(self) -> int:
         """Gradients and temporaries where their sum is highest, group after group.
 
-        A group's gradient is made flat and fp32, then Adam takes two temporaries. All groups' gradients lie in one
-        buffer at stages 1 and 2, which goes with the last group.
+        A group's gradient is made flat and fp32. All groups' gradients lie in one buffer at stages 1 and 2, which goes
+        with the last group.
         """
         layout, parts = self.layout, self.states.partitions
+        updates = [update_bytes(*group) for group in zip(parts, self.states.by_muon, strict=True)]
         if layout.zero_stage == 0:
-            return self.states.gradients + 2 * _FP32 * max(parts)
+            without = [update - _FP32 * part for update, part in zip(updates, parts, strict=True)]
+            return self.states.gradients + max(without)
         held = sum(parts) * layout.width
         convert = _FP32 + (layout.width if layout.width != _FP32 else 0)
         if layout.zero_stage == 3:
-            return held + min(max(parts), layout.sub_group_size) * 3 * _FP32
-        before_last = max((part * 3 * _FP32 for part in parts[:-1]), default=0)
-        return max(held + before_last, held + parts[-1] * convert, parts[-1] * 3 * _FP32)
+            most = layout.sub_group_size
+            return held + max(
+                update_bytes(min(part, most), by_muon) for part, by_muon in zip(parts, self.states.by_muon, strict=True)
+            )
+        return max(held + max(updates[:-1], default=0), held + parts[-1] * convert, updates[-1])

@@ -19,7 +19,9 @@ _ALIGNMENT = 2
 # Where it cuts a group of expert parallel parameters (split_params_into_different_moe_groups_for_optimizer).
 _MAX_EXPERT_GROUP = 178_956_971
 _FP32 = 4
-# Parameters that Muon leaves to AdamW. (The planner knows Muon, the run config does not yet.)
+# Elements that Muon works on at once (engine/locations.py), and bytes of each of them meanwhile.
+MUON_AT_ONCE, _MUON_BYTES = 1 << 24, 12
+# Parameters that Muon leaves to AdamW.
 _NO_MUON = frozenset({"embedding", "output", "norms", "router"})
 
 
@@ -71,8 +73,9 @@ class ModelStates:
     gradients: int
     optimizer: int
     host: int
-    # Elements of each group's partition, in the order in which they are updated.
+    # Elements of each group's partition, in the order in which they are updated, and whether Muon does that.
     partitions: tuple[int, ...]
+    by_muon: tuple[bool, ...]
     # Bytes of whole gradients that come into being in each layer's backward; a bank's with its last use.
     layer_gradients: Mapping[int, int]
     # Elements of each bank's weights here, and of the largest tensor.
@@ -118,9 +121,14 @@ def model_states(
         gradients = gradients if layout.zero_stage < 2 else 0
     if layout.offload_parameters:
         host, weights = host + weights, 0
-    return ModelStates(
-        dict(parameters), weights, gradients, optimizer, host, tuple(parts), **_sizes(tensors, topology, layout, layers)
-    )
+    by_muon = tuple(group.moments == _FP32 for group in groups)
+    sizes = _sizes(tensors, topology, layout, layers)
+    return ModelStates(dict(parameters), weights, gradients, optimizer, host, tuple(parts), by_muon, **sizes)
+
+
+def update_bytes(elements: int, by_muon: bool) -> int:
+    """What an update of so many elements takes: their gradient in fp32, and temporaries, of which AdamW has two."""
+    return _FP32 * elements + (_MUON_BYTES * min(elements, MUON_AT_ONCE) if by_muon else 2 * _FP32 * elements)
 
 
 def _sizes(tensors: Sequence[Tensor], topology: TieTopology, layout: Layout, layers: range) -> dict[str, Any]:

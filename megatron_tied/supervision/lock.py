@@ -44,10 +44,6 @@ class Lock:
         print(f"process {os.getpid()} on {socket.gethostname()}", file=self._file, flush=True)
         return self
 
-    def fileno(self) -> int:
-        """The file descriptor that holds it: a process that inherits this holds it, too."""
-        return self._file.fileno()
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

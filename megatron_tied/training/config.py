@@ -236,6 +236,11 @@ class RunConfig(Section):
             wanted = annotated_type(fields[name])
             if wanted and (problem := type_problem(f"model.{name}", passed_on[name], wanted)):
                 yield problem
+        if passed_on.get("attention_output_gate"):
+            for name, value in (("optimizer.name", self.optimizer.name), ("model.init_method", model.init_method)):
+                if value in ("muon", "depth_scaled_xavier"):
+                    valid = f"must be false with {name}: {value}, which knows query, key and value and no gate"
+                    yield Problem("model.attention_output_gate", True, valid)
         if model.vocab_size is None and self.data.tokenizer is None:
             yield Problem("model.vocab_size", None, "must be given, or else data.tokenizer")
         longest = model.max_position_embeddings

@@ -13,10 +13,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "tying_the_loop": {
         "name": "muon",
         "lr": 2e-2,
-        "min_lr": 2e-3,
         "weight_decay": 0.1,
         "momentum": 0.95,
-        "adamw_lr": 2e-3,
         "adamw_weight_decay": 0.01,
         "betas": [0.9, 0.95],
         "schedule": "cosine",
@@ -24,12 +22,18 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "clip_grad": 1.0,
     }
 }
+_FLOOR = 0.1  # of lr: what min_lr is in all of them
 
 
 def with_preset(section: Mapping[str, Any]) -> Mapping[str, Any]:
     """An `optimizer` section as a file has it, with the keys of the preset that it names, if it is one."""
     name = section.get("preset")
-    return {**PRESETS[name], **section} if isinstance(name, str) and name in PRESETS else section
+    if not isinstance(name, str) or name not in PRESETS:
+        return section
+    merged = {**PRESETS[name], **section}
+    if isinstance(rate := merged["lr"], (int, float)):
+        merged.setdefault("min_lr", _FLOOR * rate)
+    return merged
 
 
 _MUON_ONLY = ("momentum", "adamw_lr", "adamw_weight_decay", "iterate_in")
@@ -81,6 +85,10 @@ class OptimizerConfig(Section):
             yield Problem("optimizer.decay_steps", self.decay_steps, valid)
         if self.schedule != "wsd" and self.decay_steps:
             yield Problem("optimizer.decay_steps", self.decay_steps, "must be 0: it is for optimizer.schedule: wsd")
+        if self.preset is not None and self.name != PRESETS[self.preset]["name"]:
+            valid = f"must be {PRESETS[self.preset]['name']} with optimizer.preset: {self.preset}"
+            yield Problem("optimizer.name", self.name, valid)
+            return
         defaults = type(self).model_fields
         for name in _MUON_ONLY if self.name == "adamw" else ():
             if (value := getattr(self, name)) != defaults[name].default:

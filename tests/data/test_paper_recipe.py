@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,11 +19,15 @@ RECIPE = Path(__file__).parents[2] / "examples" / "paper" / "data"
 TEXTS = [[make_text(60, 100 * file + row) for row in range(30)] for file in range(3)]
 
 
-def run(out: Path, **settings: str | Path) -> str:
-    command = ["bash", RECIPE / "prepare.sh", out, "1"]
+def prepare(out: Path, steps: int, **settings: str | Path) -> subprocess.CompletedProcess[str]:
+    command = ["bash", RECIPE / "prepare.sh", out, str(steps)]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path} | {key: str(value) for key, value in settings.items()}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def run(out: Path, **settings: str | Path) -> str:
+    done = prepare(out, 1, **settings)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -50,6 +55,17 @@ def test_the_recipe(tmp_path: Path, model: Path, tokenizer: SentencePieceTokeniz
         f"{out / name}-{part} is there" for name in ("dclm-edu", "finephrase") for part in ("held-out", "train")
     ]
     assert files(out / "dclm-edu-train") == before
+    # Not taken for what a longer training needs, nor for what goes with other held-out rows.
+    longer = prepare(out, 2, **settings)
+    assert longer.returncode == 1
+    assert f"{out}/dclm-edu-train was made for 397,148 tokens, and 794,296 are wanted" in longer.stderr
+    metadata = out / "finephrase-held-out.json"
+    content = json.loads(metadata.read_text())
+    content["source"]["files_sha256"] = "0"
+    metadata.write_text(json.dumps(content))
+    other = prepare(out, 1, **settings)
+    assert other.returncode == 1
+    assert "held-out rows may be trained on" in other.stderr
 
 
 def test_the_readme_names_what_the_recipe_makes() -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import megatron_tied as mt
+from megatron_tied.engine import locations
 from megatron_tied.engine.muon import MuonAdamW
 from megatron_tied.engine.parameter_groups import AdamWGroups
 from tests.distributed.training_run import full_weights, gather_whole, model_parallel, step
@@ -55,6 +56,7 @@ def trained(stage: int, offload: str = "none") -> dict[str, torch.Tensor]:
 
 def main(directory: str) -> None:
     """Writes a file for each case."""
+    locations.MOST = 3000  # so that an update is done in several portions
     for ep, stage, offload in CASES:
         with model_parallel(ep):
             weights = trained(stage, offload)

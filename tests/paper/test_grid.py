@@ -14,19 +14,20 @@ import psutil
 import pytest
 from run_grid import GridRow, main, rows_of
 
+from megatron_tied.training.config_file import save_config
 from tests.training.runs import ROOT, Corpus, config_values, environment, read_metrics, series
 
-STEPS = 40
+STEPS = 100
 SECONDS = 300
 
 
 @pytest.fixture
 def configs(corpus: Corpus, tmp_path: Path) -> list[Path]:
-    """g1 and g4, a checkpoint every two steps."""
+    """g1 and g4, a checkpoint every ten steps."""
     values = config_values(corpus, tmp_path / "unused")
     values["parallel"] = {}
     values["train"] |= {"steps": STEPS, "global_batch_size": 2, "eval_every": STEPS}
-    values["checkpoint"] = {"save_every": 2, "keep_last": 1}
+    values["checkpoint"] = {"save_every": 10, "keep_last": 1}
     values["monitor"] = {"every": 0, "expensive_every": 0, "tensorboard": False}
     paths = []
     for group_size in (1, 4):
@@ -40,7 +41,8 @@ class Runner:
     """The command, started as people do."""
 
     def __init__(self, configs: list[Path], runs: Path):
-        launch = f"{sys.executable} -m megatron_tied.pretrain"
+        launcher = Path(sys.executable).with_name("deepspeed")
+        launch = f"{launcher} --num_accelerators 1 --master_port {{port}} --module megatron_tied.pretrain"
         options = ["--runs", str(runs), "--seeds", "1", "2", "--jobs", "2", "--launch", launch]
         self._command = [sys.executable, "examples/paper/run_grid.py", *map(str, configs), *options]
 
@@ -111,18 +113,19 @@ def test_a_row_that_fails_is_told_and_the_others_are_trained(
     fake = tmp_path / "fake.py"
     fake.write_text(
         "import pathlib, sys\n"
-        "run = pathlib.Path(sys.argv[-1].partition('=')[2])\n"
+        "(run,) = (pathlib.Path(word.partition('=')[2]) for word in sys.argv if word.startswith('train.run_dir='))\n"
         "sys.exit('no memory') if 'g1' in run.name else None\n"
-        "(run / 'metrics.jsonl').write_text('{\"step\": 40, \"loss\": 1.5}\\n')\n"
+        "(run / 'metrics.jsonl').write_text('{\"step\": 150, \"loss\": 1.5}\\n')\n"
         "(run / 'summary.json').write_text('{}')\n"
     )
     runs = tmp_path / "runs"
-    assert main([*map(str, configs), "--runs", str(runs), "--launch", f"{sys.executable} {fake}"]) == 1
+    launch = f"{sys.executable} {fake} megatron_tied.pretrain"
+    assert main([*map(str, configs), "--runs", str(runs), "--launch", launch]) == 1
     told = " ".join(capfd.readouterr().err.split())
     assert f"g1-seed1: failed: exit code 1, see {runs / 'g1-seed1.log'}" in told.replace("/ ", "/")
     assert "g4-seed1: finished, loss 1.5000" in told
     assert told.endswith("failed: g1-seed1")
-    assert (runs / "g1-seed1.log").read_text() == "no memory\n"
+    assert (runs / "g1-seed1.log").read_text().startswith("no memory\n")
 
 
 def test_bad_input_is_told_before_anything_is_trained(
@@ -132,21 +135,41 @@ def test_bad_input_is_told_before_anything_is_trained(
     assert main([str(configs[0]), "optimizer.lr=x", "--runs", str(runs)]) == 2
     assert "optimizer.lr = 'x': must be a number" in capsys.readouterr().err
     assert main([str(configs[0]), str(configs[0]), "--runs", str(runs)]) == 2
-    assert "CONFIG = ['g1']: must have names of their own" in capsys.readouterr().err
+    assert "CONFIG = 'g1-seed1': must be there once" in capsys.readouterr().err
+    assert main(["optimizer.lr=1", "--runs", str(runs)]) == 2
+    assert "CONFIG = None: must be given" in capsys.readouterr().err
+    assert main([str(configs[0]), "--jobs", "0", "--runs", str(runs)]) == 2
+    assert "--jobs = 0: must be at least 1" in capsys.readouterr().err
     assert not runs.exists()
+
+
+def test_a_finished_row_is_not_taken_for_one_that_is_trained_otherwise(
+    configs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    (row,) = rows_of(configs[:1], runs, [1], [])
+    row.run_dir.mkdir(parents=True)
+    (row.run_dir / "summary.json").write_text("{}")
+    # What a run finds out by itself is not a difference.
+    found = row.config.model_copy(update={"model": row.config.model.model_copy(update={"vocab_size": 320})})
+    save_config(found, row.run_dir / "config.yaml")
+    assert main([str(configs[0]), "--runs", str(runs)]) == 0
+    assert main([str(configs[0]), "optimizer.lr=0.5", "--runs", str(runs)]) == 2
+    assert f"optimizer.lr = 0.5: must be 0.005, with which {row.run_dir} was trained" in capsys.readouterr().err
 
 
 def test_seeds_come_first_and_overrides_last(configs: list[Path], tmp_path: Path) -> None:
     rows = rows_of(configs, tmp_path, [1, 2], ["train.steps=7"])
     assert [row.name for row in rows] == ["g1-seed1", "g4-seed1", "g1-seed2", "g4-seed2"]
-    assert {row.steps for row in rows} == {7}
+    assert {(row.config.train.steps, row.config.train.seed) for row in rows} == {(7, 1), (7, 2)}
     assert rows[0].overrides == ["train.steps=7", "train.seed=1", f"train.run_dir={tmp_path / 'g1-seed1'}"]
 
 
-def test_the_last_loss_is_found_behind_other_lines_and_half_a_line(tmp_path: Path) -> None:
-    row = GridRow("g1", tmp_path, [], tmp_path, 10)
+def test_the_last_loss_is_found_behind_other_lines_and_half_a_line(configs: list[Path], tmp_path: Path) -> None:
+    row = GridRow.of(configs[0], [], tmp_path, 1)
+    row.run_dir.mkdir()
     assert row.figures() == (0, None)
-    (tmp_path / "metrics.jsonl").write_text(
+    (row.run_dir / "metrics.jsonl").write_text(
         '{"step": 1, "loss": 3}\n{"step": 2, "validation_loss": 1}\n{"step": 3, "lo'
     )
     assert row.figures() == (1, 3)

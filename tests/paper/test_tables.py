@@ -54,6 +54,12 @@ def test_a_table_has_means_and_differences_of_the_same_seed(runs: Path, tmp_path
     assert (output / "tiny.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_seeds_of_unequal_length_are_drawn_as_far_as_they_go(runs: Path, tmp_path: Path) -> None:
+    with (runs / "tiny-g1-seed2" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 30, "validation_loss": 1.0}\n')
+    assert main([str(runs), "--output", str(tmp_path / "out")]) == 0
+
+
 def test_a_clear_difference_is_not_called_none(runs: Path, tmp_path: Path) -> None:
     for seed, loss in LOSSES["tiny-g1"].items():
         path = runs / f"tiny-g4-seed{seed}" / "summary.json"
@@ -62,9 +68,12 @@ def test_a_clear_difference_is_not_called_none(runs: Path, tmp_path: Path) -> No
     assert cells((tmp_path / "out" / "tables.md").read_text(), "g4")[5] == "+0.0220 ± 0.0025"
 
 
-def test_rows_stand_in_the_papers_order_and_the_unfinished_are_counted(runs: Path) -> None:
-    rows, others = read_rows(runs)
-    assert others == 1
+def test_rows_stand_in_the_papers_order_and_what_has_no_figures_is_named(runs: Path) -> None:
+    (runs / "tables").mkdir()
+    diverged = runs / "tiny-g1-seed1" / "summary.json"
+    diverged.write_text(json.dumps(json.loads(diverged.read_text()) | {"validation_loss": None}))
+    rows, left_out = read_rows(runs)
+    assert left_out == ["tiny-g1-seed1", "tiny-g2-seed1"]
     assert {family: [row.variant for row in of] for family, of in families(rows).items()} == {
         "tiny": ["g1", "g4", "g4-w4x"]
     }

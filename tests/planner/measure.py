@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_tied as mt
+from megatron_tied.engine.muon import MuonAdamW
+from megatron_tied.engine.parameter_groups import AdamWGroups
 from megatron_tied.engine.partitions import state_bytes
 from megatron_tied.planner.activations import UNFUSED
 from megatron_tied.planner.layout import Layout, Recompute
@@ -59,6 +62,7 @@ class Case:
     seq_length: int = 16
     accumulation: int = 1
     recompute: str = "none"
+    optimizer: str = "adamw"
     model: dict[str, Any] = field(default_factory=dict)
     # Whether the peak is measured too, which takes a profiler.
     peak: bool = False
@@ -115,6 +119,7 @@ def _planned(case: Case, model: mt.ModelConfig) -> dict[str, Any]:
         tensor_parallel=case.tp,
         precision=case.precision,
         zero_stage=case.stage,
+        optimizer=case.optimizer,
         recompute=Recompute.of(model),
         overlap_comm=False,
         reduce_bucket_size=BUCKET,
@@ -157,8 +162,14 @@ def _engine(case: Case, model: mt.ModelConfig) -> Any:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
-    optimizer = torch.optim.AdamW(mt.parameter_groups(built, lr=1e-3, weight_decay=0.1), lr=1e-3)
-    return mt.initialize(built, config, optimizer=optimizer)[0]
+    return mt.initialize(built, config, optimizer=_optimizer(case, built))[0]
+
+
+def _optimizer(case: Case, model: torch.nn.Module) -> torch.optim.Optimizer:
+    if case.optimizer == "adamw":
+        return torch.optim.AdamW(mt.parameter_groups(model, lr=1e-3, weight_decay=0.1), lr=1e-3)
+    groups = mt.parameter_groups(model, lr=1e-3, weight_decay=0.1, beside_muon=AdamWGroups(1e-4, 0.01))
+    return MuonAdamW(groups, partial(torch.optim.AdamW, lr=1e-4), lr=1e-3)
 
 
 def _batches(case: Case) -> list[Any]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from megatron_tied.engine import locations
+from megatron_tied.planner import states
 from tests.distributed.launch import launch
 from tests.planner.measure import Case
 
@@ -22,6 +24,7 @@ STATES = [
     Case(ep=2, tp=2, stage=1, group_size=2),
     Case(ep=2, tp=2, stage=2, group_size=2, recompute="full", accumulation=2),
     Case(ep=2, stage=2, group_size=4, model={"expert_backend": "sequential"}),
+    Case(ep=2, stage=2, group_size=4, optimizer="muon"),
     Case(ep=2, stage=1, group_size=4, share="experts_attention"),
     *(Case(ep=2, stage=stage, group_size=2, share="all") for stage in (2, 3)),
     Case(ep=2, stage=1, tied_experts=4),
@@ -45,6 +48,7 @@ PEAKS_OF_ONE_RANK = [
     Case(**LARGE, model={"moe_layer_freq": [0, 0, 1, 1, 1, 1], "moe_shared_expert_intermediate_size": 256}),
     # States are most of it: the update is the highest point.
     Case(group_size=2, model={"hidden_size": 256, "moe_ffn_hidden_size": 256}, peak=True),
+    Case(group_size=2, optimizer="muon", model={"hidden_size": 256, "moe_ffn_hidden_size": 256}, peak=True),
 ]
 PEAKS_OF_FOUR_RANKS = [
     Case(**WIDE, precision="bf16", accumulation=2),
@@ -109,6 +113,10 @@ def test_peak_of_four_ranks(on_four_ranks: Measured, index: int) -> None:
     measured = on_four_ranks[len(STATES) + index]
     # Wider than on one rank: how long gloo's threads hold a reduced tensor differs from run to run, by some percent.
     assert measured["planned peak"] == pytest.approx(measured["peak"], rel=0.15)
+
+
+def test_muon_works_on_as_many_elements_at_once_as_is_planned() -> None:
+    assert states.MUON_AT_ONCE == locations.MOST
 
 
 def test_peaks_are_more_than_states(on_one_rank: Measured) -> None:

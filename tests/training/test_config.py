@@ -296,8 +296,19 @@ def test_bad_ds_config_file(config_file: Path, tmp_path: Path, content: str, mes
         ),
         (["train.global_batch_size=1"], "train.global_batch_size = 1: must be a multiple of 2"),
         (["tie.group_size=9"], "tie.group_size = 9: must be at most 4"),
+        *(
+            (
+                ["model.attention_output_gate=true", f"{name}={value}"],
+                f"model.attention_output_gate = True: must be false with {name}: {value}",
+            )
+            for name, value in (("optimizer.name", "muon"), ("model.init_method", "depth_scaled_xavier"))
+        ),
         (["optimizer.schedule=wsd"], "optimizer.decay_steps = 0: must be 1 to "),
         (["optimizer.decay_steps=3"], "optimizer.decay_steps = 3: must be 0: it is for optimizer.schedule: wsd"),
+        (
+            ["optimizer.preset=tying_the_loop", "optimizer.name=adamw"],
+            "optimizer.name = 'adamw': must be muon with optimizer.preset: tying_the_loop",
+        ),
         (["optimizer.adamw_lr=1e-3"], "optimizer.adamw_lr = 0.001: must be left out: it is for optimizer.name: muon"),
         (
             ["optimizer.name=muon", "parallel.tensor_model_parallel_size=2"],
@@ -432,6 +443,8 @@ def test_a_recipe_gives_what_is_not_said(config_file: Path):
     assert (optimizer.rate_of_adamw(), optimizer.betas, optimizer.adamw_weight_decay) == (0.002, (0.9, 0.95), 0.01)
     assert (optimizer.schedule, optimizer.min_lr, optimizer.clip_grad) == ("cosine", 0.002, 1.0)
     assert optimizer.warmup_steps == 7
+    slower = parse_config({**values, "optimizer": {"preset": "tying_the_loop", "lr": 0.01}}).optimizer
+    assert (slower.rate_of_adamw(), slower.min_lr) == pytest.approx((0.001, 0.001))
     saved = load_config(config_file, ["optimizer.preset=tying_the_loop"])
     assert parse_config(saved.model_dump(mode="json")).optimizer == saved.optimizer
 

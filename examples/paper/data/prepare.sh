@@ -25,11 +25,26 @@ prepare() { # NAME PART OPTIONS: PART of a data set, as NAME-PART
     --shuffle-files 42 ${WORKERS:+--workers "$WORKERS"} "$@"
 }
 
+check() { # NAME TOKENS: both parts are of the same files, in the same order, and what is there was made for as many tokens
+  python - "$out/$1" "$2" <<'PY'
+import json, sys
+prefix, wanted = sys.argv[1], int(sys.argv[2])
+held_out, train = (json.load(open(f"{prefix}-{part}.json"))["source"] for part in ("held-out", "train"))
+if train["max_tokens"] < wanted:
+    sys.exit(f"{prefix}-train was made for {train['max_tokens']:,} tokens, and {wanted:,} are wanted: remove it, or "
+             "give another DIRECTORY")
+if held_out["files_sha256"] != train["files_sha256"]:
+    sys.exit(f"{prefix}-held-out and {prefix}-train were made from other files, by which held-out rows may be trained "
+             "on: remove both, and fix the revision")
+PY
+}
+
 both() { # NAME SHARE OPTIONS: the held-out rows come first in the order of the files, those for training after them
   local name=$1 share=$2
   shift 2
   prepare "$name" held-out --max-rows "$held_out_rows" "$@"
   prepare "$name" train --skip-rows "$held_out_rows" --max-tokens "$(tokens "$share")" "$@"
+  check "$name" "$(tokens "$share")"
 }
 
 mkdir -p "$out"
