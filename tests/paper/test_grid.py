@@ -86,9 +86,9 @@ def test_four_rows_interrupted_twice_are_trained_once_and_make_a_table(configs: 
 
     second = runner.start()
     wait_for(lambda: has_saved("g1-seed2") or has_saved("g4-seed2"), second)
+    kill_all(second)
     finished = [path.parent.name for path in runs.glob("*/summary.json")]
     assert finished
-    kill_all(second)
     written = {name: (runs / name / "summary.json").stat().st_mtime_ns for name in finished}
 
     third = runner.start()
