@@ -17,7 +17,7 @@ from tests.distributed.launch import launch
 from tests.planner.measure import Case
 
 STATES = [
-    *(Case(ep=ep, stage=stage, group_size=g) for stage, ep, g in product((0, 1, 2, 3), (1, 2, 4), (1, 2, 4))),
+    *(Case(ep=ep, stage=stage, group_size=g) for stage, ep, g in product((0, 1, 2, 3), (1, 2, 4), (1, 4))),
     *(Case(ep=2, stage=stage, group_size=4, precision="bf16", accumulation=2) for stage in (1, 2, 3)),
     # Both recompute and tensor parallelism send more.
     Case(ep=4, stage=1, group_size=2, recompute="moe", accumulation=2),
@@ -93,7 +93,11 @@ def test_what_a_run_reports_is_weights_and_optimizer_states(on_four_ranks: Measu
     assert on_four_ranks[index]["reported states"] == pytest.approx(parts["weights"] + parts["optimizer"], rel=0.01)
 
 
-@pytest.mark.parametrize("index", range(len(STATES)), ids=map(str, STATES))
+# What Muon sends to have whole matrices is not planned.
+WITH_PLANNED_TRAFFIC = {str(case): index for index, case in enumerate(STATES) if case.optimizer == "adamw"}
+
+
+@pytest.mark.parametrize("index", WITH_PLANNED_TRAFFIC.values(), ids=WITH_PLANNED_TRAFFIC)
 def test_traffic_is_what_collectives_carry(on_four_ranks: Measured, index: int) -> None:
     measured = on_four_ranks[index]
     planned = measured["planned traffic"]

@@ -43,7 +43,6 @@ BITWISE = {
         *("model.moe_router_load_balancing_type=none", "model.moe_aux_loss_coeff=0.0"),
     ],
     "offload": [f"{STAGE}=2", OFFLOAD],
-    "tp2": [f"{EP}=1", f"{TP}=2", f"{STAGE}=1"],
     "tp2, ep2": [f"{TP}=2", f"{STAGE}=3"],
 }
 FROZEN = "optimizer.freeze=[norms]"
@@ -69,7 +68,6 @@ ON_TWO = {
     "to zero3": [f"{STAGE}=3"],
     "to zero0": [f"{STAGE}=0"],
     "to ep1": [f"{EP}=1", f"{STAGE}=2"],
-    "to tp2": [f"{EP}=1", f"{TP}=2"],
     "to tp2, zero3": [f"{TP}=2", f"{STAGE}=3"],
     "to sequential experts": ["model.expert_backend=sequential", f"{STAGE}=3"],
     "to offload": [f"{STAGE}=3", OFFLOAD, OFFLOAD_3],
