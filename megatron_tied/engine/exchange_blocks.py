@@ -37,11 +37,24 @@ class Piece:
         return slice(self.offset, self.offset + self.numel)
 
 
+@dataclass(frozen=True)
+class Portion:
+    """Blocks that travel together, as one rank sees them.
+
+    worked: the numbers of those that it works on. theirs: the pieces of these, by the rank that has them. ours: the
+    pieces that it has, by the rank that works on them. All ranks have them in one order.
+    """
+
+    worked: list[int]
+    theirs: list[list[Piece]]
+    ours: list[list[Piece]]
+
+
 class BlockExchange:
     """Where each block's pieces are among the ranks of a group, and which rank works on it.
 
-    That is a rank with the largest piece, so that few elements travel; of several, they take turns. `portions` has the
-    numbers of blocks that travel together: so few that no rank works on many more than `most` elements at once.
+    That is a rank with the largest piece, so that few elements travel; of several, they take turns. `portions` are
+    so small that no rank works on many more than `most` elements at once.
     """
 
     def __init__(
@@ -54,57 +67,38 @@ class BlockExchange:
         most: int,
     ):
         """`runs`: of each rank of `group`, whose number `rank` is this one; what travels is on `device`."""
-        self.blocks, self._group, self._rank, self._ranks = blocks, group, rank, range(len(runs))
-        self._device = device
-        self._pieces = [_pieces(index, block, runs) for index, block in enumerate(blocks)]
-        self._owners = [_owner(index, pieces) for index, pieces in enumerate(self._pieces)]
-        self.portions = self._portions(most)
+        self.blocks, self._group, self._device, self._is_alone = blocks, group, device, len(runs) == 1
+        pieces = [_pieces(index, block, runs) for index, block in enumerate(blocks)]
+        owners = [_owner(index, of_block) for index, of_block in enumerate(pieces)]
+        self.portions = [_portion(indices, pieces, owners, rank, len(runs)) for indices in _cut(blocks, owners, most)]
 
-    def to_owners(self, portion: Sequence[int], read: Callable[[slice], torch.Tensor]) -> dict[int, torch.Tensor]:
+    def to_owners(self, portion: Portion, read: Callable[[slice], torch.Tensor]) -> dict[int, torch.Tensor]:
         """The blocks [rows, columns] of a portion that this rank works on. A collective.
 
         `read` gives elements of this rank's flat tensor.
         """
-        send = [[read(p.here) for p in self._held(portion, by=self._rank, of=to)] for to in self._ranks]
-        expected = [self._held(portion, by=sender, of=self._rank) for sender in self._ranks]
-        received = self._all_to_all(send, expected, read(slice(0, 0)))
-        mine = [index for index in portion if self._owners[index] == self._rank]
-        found = {index: received[0].new_empty(self.blocks[index].numel) for index in mine}
-        for piece, part in _taken_apart(expected, received):
+        send = [[read(p.here) for p in pieces] for pieces in portion.ours]
+        received = self._all_to_all(send, portion.theirs, read(slice(0, 0)))
+        found = {index: received[0].new_empty(self.blocks[index].numel) for index in portion.worked}
+        for piece, part in _taken_apart(portion.theirs, received):
             found[piece.block][piece.in_block : piece.in_block + piece.numel] = part
         return {index: value.view(self.blocks[index].rows, -1) for index, value in found.items()}
 
     def to_holders(
-        self, portion: Sequence[int], results: dict[int, torch.Tensor], write: Callable[[slice, torch.Tensor], None]
+        self, portion: Portion, results: dict[int, torch.Tensor], write: Callable[[slice, torch.Tensor], None]
     ) -> None:
         """Have `write` put this rank's pieces of a portion's `results`, float32, where they belong. A collective."""
         flat = {index: result.view(-1) for index, result in results.items()}
-        send = [
-            [flat[p.block][p.in_block : p.in_block + p.numel] for p in self._held(portion, by=to, of=self._rank)]
-            for to in self._ranks
-        ]
-        expected = [self._held(portion, by=self._rank, of=owner) for owner in self._ranks]
-        received = self._all_to_all(send, expected, torch.empty(0, device=self._device))
-        for piece, part in _taken_apart(expected, received):
+        send = [[flat[p.block][p.in_block : p.in_block + p.numel] for p in pieces] for pieces in portion.theirs]
+        received = self._all_to_all(send, portion.ours, torch.empty(0, device=self._device))
+        for piece, part in _taken_apart(portion.ours, received):
             write(piece.here, part)
-
-    def _held(self, portion: Sequence[int], *, by: int, of: int) -> list[Piece]:
-        """The pieces that rank `by` has of blocks that rank `of` works on, in an order that all ranks know."""
-        return [p for index in portion if self._owners[index] == of for p in self._pieces[index] if p.rank == by]
-
-    def _portions(self, most: int) -> list[list[int]]:
-        worked: Counter[int] = Counter()
-        portions: defaultdict[int, list[int]] = defaultdict(list)
-        for index, (block, owner) in enumerate(zip(self.blocks, self._owners, strict=True)):
-            portions[worked[owner] // most].append(index)
-            worked[owner] += block.numel
-        return [portions[number] for number in sorted(portions)]
 
     def _all_to_all(
         self, send: list[list[torch.Tensor]], expected: list[list[Piece]], empty: torch.Tensor
     ) -> Sequence[torch.Tensor]:
         outgoing = [torch.cat([empty, *tensors]) for tensors in send]
-        if len(self._ranks) == 1:
+        if self._is_alone:
             return outgoing
         sizes = [sum(p.numel for p in pieces) for pieces in expected]
         incoming = empty.new_empty(sum(sizes))
@@ -119,6 +113,30 @@ def _taken_apart(
 ) -> Iterator[tuple[Piece, torch.Tensor]]:
     for pieces, values in zip(expected, received, strict=True):
         yield from zip(pieces, values.split([p.numel for p in pieces]), strict=True)
+
+
+def _cut(blocks: Sequence[Block], owners: Sequence[int], most: int) -> Iterator[list[int]]:
+    worked: Counter[int] = Counter()
+    portions: defaultdict[int, list[int]] = defaultdict(list)
+    for index, (block, owner) in enumerate(zip(blocks, owners, strict=True)):
+        portions[worked[owner] // most].append(index)
+        worked[owner] += block.numel
+    yield from (portions[number] for number in sorted(portions))
+
+
+def _portion(
+    indices: Sequence[int], pieces: Sequence[Sequence[Piece]], owners: Sequence[int], rank: int, ranks: int
+) -> Portion:
+    worked = [index for index in indices if owners[index] == rank]
+    theirs: list[list[Piece]] = [[] for _ in range(ranks)]
+    ours: list[list[Piece]] = [[] for _ in range(ranks)]
+    for index in indices:
+        for piece in pieces[index]:
+            if owners[index] == rank:
+                theirs[piece.rank].append(piece)
+            if piece.rank == rank:
+                ours[owners[index]].append(piece)
+    return Portion(worked, theirs, ours)
 
 
 def _pieces(index: int, block: Block, runs: Sequence[Sequence[Run]]) -> list[Piece]:
