@@ -13,11 +13,9 @@ the same again. A row that fails is told with its log, and the others are traine
 from __future__ import annotations
 
 import argparse
-import json
 import queue
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -34,14 +32,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from megatron_tied.cli.report import BAD_INPUT, report
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.run_directory import CONFIG, METRICS, SUMMARY
+from megatron_tied.run_directory import CONFIG, SUMMARY, last_logged
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import load_config
+from megatron_tied.training.launcher import free_port
 
 SUPERVISE = [sys.executable, "-m", "megatron_tied.cli.main", "supervise", "--restarts", "0", "--"]
 POLL_SECONDS = 1.0
 INTERRUPTED = 130
-_TAIL = 1 << 16  # bytes of metrics.jsonl that hold its last line with a loss
 
 
 @dataclass(frozen=True)
@@ -77,20 +75,8 @@ class GridRow:
 
     def figures(self) -> tuple[int, float | None]:
         """The last step that was logged, and its loss."""
-        try:
-            with (self.run_dir / METRICS).open("rb") as stream:
-                stream.seek(max(0, stream.seek(0, 2) - _TAIL))
-                lines = stream.read().splitlines()
-        except OSError:
-            return 0, None
-        for line in reversed(lines):
-            try:
-                metrics = json.loads(line)
-            except ValueError:  # half a line, at either end
-                continue
-            if "loss" in metrics:
-                return metrics["step"], metrics["loss"]
-        return 0, None
+        metrics = last_logged(self.run_dir, "loss")
+        return metrics.get("step", 0), metrics.get("loss")
 
 
 def rows_of(configs: Sequence[Path], runs: Path, seeds: Sequence[int], overrides: Sequence[str]) -> list[GridRow]:
@@ -172,7 +158,8 @@ class Grid:
         try:
             row.run_dir.parent.mkdir(parents=True, exist_ok=True)
             with row.log.open("ab") as log:
-                launch = [word.format(port=_free_port(), job=job) for word in self._launch]
+                # Trainings on one host cannot share the launcher's usual port.
+                launch = [word.format(port=free_port(), job=job) for word in self._launch]
                 command = [*SUPERVISE, *launch, "--config", str(row.path), *row.overrides]
                 # A session of its own: Ctrl-C goes by way of this process.
                 process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -205,13 +192,6 @@ class Grid:
 
 def _loss(value: float | None) -> str:
     return "" if value is None else f"loss {value:.4f}"
-
-
-def _free_port() -> int:
-    """A port that nobody listens on now: trainings on one host cannot share the launcher's usual one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

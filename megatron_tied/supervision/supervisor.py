@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from typing import Self
 
 from megatron_tied.checkpoint.directory import CheckpointDirectory
 from megatron_tied.cli.report import BAD_INPUT
-from megatron_tied.run_directory import CHECKPOINTS, METRICS, SUMMARY
+from megatron_tied.run_directory import CHECKPOINTS, SUMMARY, last_logged
 from megatron_tied.supervision.command import LaunchCommand
 from megatron_tied.supervision.lock import Lock
 from megatron_tied.supervision.rank_watch import RankWatch
@@ -28,7 +27,6 @@ from megatron_tied.training.launcher import TOKEN_VARIABLE
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _MOST_DOUBLINGS = 6  # of the second before a restart
 _INTERRUPT_SECONDS = 10.0  # for the ranks to end after Ctrl-C
-_METRICS_TAIL_BYTES = 1 << 20
 
 
 class Supervisor:
@@ -169,7 +167,7 @@ class Supervisor:
             return 0
 
     def _going_on(self, newest: int) -> str:
-        lost = max(0, _last_step(self._run_dir / METRICS) - newest)
+        lost = max(0, int(last_logged(self._run_dir, "step").get("step", 0)) - newest)
         return f"after step {newest}, {lost} steps lost"
 
     def _pause(self, seconds: float) -> bool:
@@ -196,22 +194,6 @@ def _told(code: int | None, survivors: int, found: dict[str, Found | None]) -> s
 
 def _on(hosts: dict[str, int]) -> str:
     return f" on {', '.join(hosts)} ({sum(hosts.values())} ranks)" if hosts else ""
-
-
-def _last_step(metrics: Path) -> int:
-    """The last step in metrics.jsonl; 0 without one."""
-    try:
-        with metrics.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _METRICS_TAIL_BYTES))
-            lines = stream.read().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):  # a killed run has written it in part
-            continue
-    return 0
 
 
 def _say(line: str) -> None:

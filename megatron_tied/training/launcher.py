@@ -36,6 +36,13 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
         raise ConfigError(problems)
 
 
+def free_port() -> int:
+    """A port of this host that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def is_first_here(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this is the first rank of its host; where the launcher does not say it, every rank counts as one."""
     local_rank = environment.get("LOCAL_RANK", "")

@@ -25,6 +25,7 @@ from megatron_tied.run_directory import CONFIG
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import save_config
 from megatron_tied.training.deepspeed_section import refused_by_deepspeed
+from megatron_tied.training.launcher import free_port
 from megatron_tied.training.resume import Start, checkpoint_directory, choose_start
 
 
@@ -32,7 +33,7 @@ def join_processes() -> None:
     """Join the other ranks; without a launcher this process is the only rank."""
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ |= alone | {"MASTER_PORT": str(_free_port())}
+        os.environ |= alone | {"MASTER_PORT": str(free_port())}
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     share_host_threads(ranks_on_this_host())
@@ -156,9 +157,3 @@ def _check_shared(config: RunConfig) -> None:
     finally:
         if torch.distributed.get_rank() == 0:
             (root / name).unlink(missing_ok=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
