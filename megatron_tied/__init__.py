@@ -51,4 +51,5 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+    value = globals()[name] = getattr(import_module(_EXPORTS[name]), name)
+    return value

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_tied.bad_input import BAD_INPUT, PATIENCE_SECONDS, report
 from megatron_tied.checkpoint.directory import how_to_go_on
-from megatron_tied.cli.report import BAD_INPUT, PATIENCE_SECONDS, report
 from megatron_tied.errors import ConfigError, Problem, TrainingStopped
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import load_config

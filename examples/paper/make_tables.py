@@ -27,7 +27,7 @@ from description import VARIANTS
 from matplotlib.figure import Figure
 from scipy import stats
 
-from megatron_tied.cli.report import BAD_INPUT, report
+from megatron_tied.bad_input import BAD_INPUT, report
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.files import write_whole
 from megatron_tied.report.history_lines import Lines, Series, read_lines

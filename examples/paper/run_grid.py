@@ -30,7 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from megatron_tied.cli.report import BAD_INPUT, report
+from megatron_tied.bad_input import BAD_INPUT, report
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.run_directory import CONFIG, SUMMARY, last_logged
 from megatron_tied.training.config import RunConfig

@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_tied.bad_input import report_once
 from megatron_tied.cli.json_file import check_place, write_json
-from megatron_tied.cli.report import report_once
 from megatron_tied.errors import ConfigError, Problem
 
 _FAILED, _INTERRUPTED = 1, 130

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from megatron_tied.bad_input import BAD_INPUT, report
 from megatron_tied.cli import (
     bench,
     checkpoint,
@@ -20,7 +21,6 @@ from megatron_tied.cli import (
     run_report,
     supervise,
 )
-from megatron_tied.cli.report import BAD_INPUT, report
 from megatron_tied.errors import ConfigError
 
 _COMMANDS = (prepare_data, plan, patch, convert, checkpoint, run_report, evaluate, lm_eval, bench, doctor, supervise)

@@ -8,7 +8,7 @@ import time
 
 from rich.console import Console
 
-from megatron_tied.cli.report import PATIENCE_SECONDS
+from megatron_tied.bad_input import PATIENCE_SECONDS
 from megatron_tied.doctor.examination import examine
 from megatron_tied.doctor.findings import Finding, has_errors
 from megatron_tied.doctor.meeting import Meeting, NotMet

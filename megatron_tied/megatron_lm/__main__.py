@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
-from megatron_tied.cli.report import report_once
+from megatron_tied.bad_input import report_once
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.megatron_lm import hooks
 

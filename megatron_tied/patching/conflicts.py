@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron_tied.errors import Problem
 from megatron_tied.megatron_lm.arguments import flag
-from megatron_tied.megatron_lm.validation import REFUSED
+from megatron_tied.megatron_lm.refused import REFUSED
 from megatron_tied.patching.arguments import Arguments
 from megatron_tied.patching.pipeline import laid_out_by, parted_groups
 from megatron_tied.topology import TieTopology

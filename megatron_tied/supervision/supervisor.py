@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
+from megatron_tied.bad_input import BAD_INPUT
 from megatron_tied.checkpoint.directory import CheckpointDirectory
-from megatron_tied.cli.report import BAD_INPUT
 from megatron_tied.run_directory import CHECKPOINTS, SUMMARY, last_logged
 from megatron_tied.supervision.command import LaunchCommand
 from megatron_tied.supervision.lock import Lock

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from megatron_tied.bad_input import report
 from megatron_tied.cli import main as cli
-from megatron_tied.cli.report import report
 from megatron_tied.errors import ConfigError, Problem
 
 HEAVY = {"torch", "deepspeed", "megatron.core", "transformers", "sentencepiece", "numpy"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tied.cli.report import report_once
+from megatron_tied.bad_input import report_once
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.megatron_lm import hooks
 
