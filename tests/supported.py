@@ -1,18 +1,11 @@
-"""The README's table of supported combinations, made from the cases that the tests compare with plain PyTorch.
-
-`python -m tests.supported` writes it into the README; `tests/test_readme.py` sees that it is up to date.
-"""
+"""The README's table of supported combinations, made from the cases that the tests compare with plain PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from tests.distributed import test_oracle_matrix, test_regimes, test_semantics, test_tensor_parallel
 from tests.distributed.training_run import Case
-
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- supported: begin -->\n", "<!-- supported: end -->\n"
 
 _RECOMPUTE = {
     "none": "no recompute",
@@ -58,14 +51,3 @@ def table() -> str:
     variants = "; ".join(test_semantics.VARIANTS)
     lines += ["", f"With expert parallelism 2 equal to 1, in losses and weights: {variants}."]
     return "\n".join(lines) + "\n"
-
-
-def with_table(readme: str) -> str:
-    """The README's text with the table between its marks."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}{table()}{END}{after}"
-
-
-if __name__ == "__main__":
-    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")

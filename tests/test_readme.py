@@ -7,12 +7,12 @@ import re
 from omegaconf import OmegaConf
 
 from megatron_tied.training.config_file import parse_config
-from tests.supported import README, with_table
+from tests.documents import README, documents
 
 
-def test_the_table_of_supported_combinations_is_up_to_date() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert with_table(text) == text, "run: python -m tests.supported"
+def test_what_is_generated_is_up_to_date() -> None:
+    for path, text in documents().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: run python -m tests.documents"
 
 
 def test_the_config_in_the_readme_is_that_of_quickstart() -> None:
