@@ -15,8 +15,8 @@ command replaces a value. An unknown key, or a value that does not fit, is an er
 """
 _DEEPSPEED = """## deepspeed
 
-What a `ds_config.json` holds, or the path of one: keys of DeepSpeed. ZeRO stage 1 unless it says another. What the config
-says elsewhere (batch sizes, precision, clipping, optimizer, scheduler) may be left out or must agree.
+What a `ds_config.json` holds, or the path of one: keys of DeepSpeed. ZeRO stage 1 unless it says another. What the
+config says elsewhere (batch sizes, precision, clipping, optimizer, scheduler) may be left out or must agree.
 """
 _PASSED_ON = "Any other field of Megatron-Core's `TransformerConfig` may stand here, too.\n"
 

@@ -1,4 +1,4 @@
-"""What is generated in documents: `python -m tests.documents` writes it, and `tests/test_readme.py` finds what is old."""
+"""What is generated in documents: `python -m tests.documents` writes it, `tests/test_readme.py` finds what is old."""
 
 from __future__ import annotations
 
