@@ -1,4 +1,4 @@
-"""The commands of the README as they stand there, in a copy of the checkout: in few steps, and but for what is not here."""
+"""The README's commands as they stand there, in a copy of the checkout: in few steps, and but for what is not here."""
 
 from __future__ import annotations
 
