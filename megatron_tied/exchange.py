@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_tied.platform.host import device
 
-# What `json` writes and reads; tuples arrive as lists, keys as strings.
-Json = None | bool | int | float | str | list["Json"] | tuple["Json", ...] | dict[str, "Json"]
+# What `json` writes. It reads tuples back as lists, which unpack alike.
+Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
+AnyJson = TypeVar("AnyJson", bound=Json)
 
-_NOT_JSON = -1
 
-
-def gather_json(value: Json, group: dist.ProcessGroup | None = None) -> list[Json]:
+def gather_json(value: AnyJson, group: dist.ProcessGroup | None = None) -> list[AnyJson]:
     """The value of every rank of `group` (default: all), on every one of them, in order of rank; a collective.
 
-    Raises `TypeError` on every rank, naming those whose value is no JSON.
+    Tuples arrive as lists. Raises `TypeError` on every rank, naming those whose value is no JSON.
     """
     try:
         written = json.dumps(value).encode()
     except (TypeError, ValueError, RecursionError):
-        written = None
+        written = b""  # which no JSON is
     where = device() if dist.get_backend(group) == dist.Backend.NCCL else torch.device("cpu")
-    size = torch.tensor([_NOT_JSON if written is None else len(written)], device=where)
-    sizes = [int(of_rank) for of_rank in _all_gather(size, group)]
-    if wrong := [rank for rank, of_rank in enumerate(sizes) if of_rank == _NOT_JSON]:
+    sizes = [int(of_rank) for of_rank in _all_gather(torch.tensor([len(written)], device=where), group)]
+    if wrong := [rank for rank, of_rank in enumerate(sizes) if not of_rank]:
         raise TypeError(f"ranks of the group whose value is no JSON: {wrong}")
     padded = torch.zeros(max(sizes), dtype=torch.uint8, device=where)
     padded[: len(written)] = torch.frombuffer(bytearray(written), dtype=torch.uint8)
