@@ -29,7 +29,7 @@ setup(
         "packaging",
         "psutil",
         "pyyaml",
-        "pydantic>=2.9",
+        "pydantic>=2.10",
         "rich>=13",
         "safetensors>=0.4.3",
         "scipy>=1.11",

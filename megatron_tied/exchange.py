@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_tied.platform.host import device
 
-# What `json` writes. It reads tuples back as lists, which unpack alike.
+# What `json` writes.
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 AnyJson = TypeVar("AnyJson", bound=Json)
 

@@ -81,8 +81,5 @@ def _source_file(module: str) -> Path:
 def _alias(default: ast.expr | None) -> list[str]:
     """The `alias` of `name: type = Field(..., alias="...")`, if there is one."""
     keywords = default.keywords if isinstance(default, ast.Call) else []
-    return [
-        keyword.value.value
-        for keyword in keywords
-        if keyword.arg == "alias" and isinstance(keyword.value, ast.Constant)
-    ]
+    aliases = [keyword.value for keyword in keywords if keyword.arg == "alias"]
+    return [alias.value for alias in aliases if isinstance(alias, ast.Constant) and isinstance(alias.value, str)]

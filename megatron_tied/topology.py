@@ -175,8 +175,9 @@ class TieTopology:
     def banks(self) -> tuple[Bank, ...]:
         """All banks, in the order of their owners."""
         layers: dict[int, list[int]] = {}
-        for layer in self.moe_layers:
-            layers.setdefault(self.bank_of_layer[layer], []).append(layer)
+        for layer, bank in enumerate(self.bank_of_layer):
+            if bank is not None:
+                layers.setdefault(bank, []).append(layer)
         return tuple(Bank(index, tuple(users)) for index, users in layers.items())
 
     @property

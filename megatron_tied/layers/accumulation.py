@@ -9,6 +9,7 @@ one of a backward pass returns the sum; the others return None and say that the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -110,32 +111,43 @@ class MarkUseSite:
     def __init__(self, sites: UseSites):
         self.sites = sites
 
-    def __call__(self, module: torch.nn.Module, inputs: tuple, output: tuple) -> tuple:
+    def __call__(
+        self, module: torch.nn.Module, inputs: tuple[object, ...], output: tuple[torch.Tensor, torch.Tensor | None]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The module's output, its first tensor [tokens, hidden] marked."""
-        return _Mark.apply(output[0], self.sites), *output[1:]
+        marked: torch.Tensor = _Mark.apply(output[0], self.sites)  # type: ignore[no-untyped-call]
+        return marked, output[1]
 
 
 class _Mark(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, output: torch.Tensor, sites: UseSites) -> torch.Tensor:
+    def forward(ctx: Any, output: torch.Tensor, sites: UseSites) -> torch.Tensor:
         ctx.sites = sites
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         ctx.sites.arrive()
         return gradient, None
 
 
-class GroupedLinear(torch.autograd.Function):
+def grouped_linear(
+    x: torch.Tensor, weight: torch.nn.Parameter, offsets: torch.Tensor, shared: SharedGradient
+) -> torch.Tensor:
     """y_t = W_e(t) x_t for tokens sorted by expert, with the weight gradient collected over use sites.
 
     x [tokens, in], weight [experts, out, in], offsets [experts] int32: the end of each expert's run of tokens.
     Returns [tokens, out]. An expert, or the whole call, may have no tokens.
     """
+    y: torch.Tensor = _GroupedLinear.apply(x, weight, offsets, shared)  # type: ignore[no-untyped-call]
+    return y
 
+
+class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.nn.Parameter, offsets: torch.Tensor, shared: SharedGradient):
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.nn.Parameter, offsets: torch.Tensor, shared: SharedGradient
+    ) -> torch.Tensor:
         # The Parameter itself is saved: under ZeRO 3 its storage is released after forward and gathered again
         # before backward, and a view of it would keep the gathered storage alive in between.
         ctx.save_for_backward(x, weight, offsets)
@@ -143,7 +155,7 @@ class GroupedLinear(torch.autograd.Function):
         return grouped_product(x, weight.transpose(1, 2), offsets)
 
     @staticmethod
-    def backward(ctx, dy: torch.Tensor):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         x, weight, offsets = ctx.saved_tensors
         dy = dy.contiguous()
         dx = grouped_product(dy, weight, offsets) if ctx.needs_input_grad[0] else None

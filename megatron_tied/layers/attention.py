@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -20,6 +21,8 @@ class ProjectionRMSNorm(RMSNorm):
     (`OlmoeAttention.q_norm`), where the norm precedes the split in heads.
     """
 
+    eps: float
+
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: int):
         super().__init__(heads // config.tensor_model_parallel_size * hidden_size, eps=eps)
         self.width = heads * hidden_size
@@ -30,50 +33,54 @@ class ProjectionRMSNorm(RMSNorm):
         if self.is_whole:
             return super().forward(projection).view_as(x)
         group = parallel_state.get_tensor_model_parallel_group()
-        squares = _SumOverRanks.apply(projection.float().square().sum(-1, keepdim=True), group)
+        squares = _sum_over_ranks(projection.float().square().sum(-1, keepdim=True), group)
         normalised = projection * torch.rsqrt(squares / self.width + self.eps)
         return (normalised * self.weight).to(x.dtype).view_as(x)
 
 
-class _SumOverRanks(torch.autograd.Function):
+def _sum_over_ranks(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
     """A sum that every rank goes on with, and whose gradient every rank has a part of."""
+    total: torch.Tensor = _SumOverRanks.apply(x, group)  # type: ignore[no-untyped-call]
+    return total
 
+
+class _SumOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
         ctx.group = group
         total = x.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        return _SumOverRanks.apply(gradient, ctx.group), None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _sum_over_ranks(gradient, ctx.group), None
 
 
 class ClippedSelfAttention(SelfAttention):
     """Self-attention that clamps query, key and value to [-qkv_clip, qkv_clip] after their norms."""
 
-    def __init__(self, *args, qkv_clip: float, **kwargs):
+    def __init__(self, *args: Any, qkv_clip: float, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.qkv_clip = qkv_clip
 
-    def get_query_key_value_tensors(self, *args, **kwargs):
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         """As upstream; each returned tensor is clamped."""
         qkv = super().get_query_key_value_tensors(*args, **kwargs)
-        return tuple(_Clip.apply(tensor, self.qkv_clip) for tensor in qkv)
+        return tuple(_Clip.apply(tensor, self.qkv_clip) for tensor in qkv)  # type: ignore[no-untyped-call]
 
 
 class _Clip(torch.autograd.Function):
     """`torch.clamp` between -limit and limit, with one kernel in backward, where that takes four."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, limit: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, limit: float) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.limit = limit
         return x.clamp(-limit, limit)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (x,) = ctx.saved_tensors
         # At the limit itself the gradient passes, which it does not where `hardtanh` clips.
         above = _next_above(ctx.limit, x.dtype)

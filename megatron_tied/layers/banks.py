@@ -43,7 +43,7 @@ class ExpertBanks:
             self._sites[key] = UseSites()
         owner = self._owners[key][1]
         tie(experts, owner)
-        if isinstance(experts, GroupedExperts):
+        if isinstance(experts, GroupedExperts) and isinstance(owner, GroupedExperts):
             experts.share_gradients_of(owner)
             for shared in experts.shared_gradients().values():
                 shared.use_sites += 1

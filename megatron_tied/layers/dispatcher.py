@@ -13,6 +13,8 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
     """As upstream, but that a rank which has all experts does not sort by expert what it has just sorted so."""
 
+    num_local_experts: int
+
     @classmethod
     def adopt(cls, dispatcher: MoETokenDispatcher) -> None:
         """Make upstream's all-to-all dispatcher one of these, in place; any other stays as it is."""
@@ -22,12 +24,14 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_postprocess(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         """See `MoEAlltoAllTokenDispatcher`."""
         with self._sorted_once():
-            return super().dispatch_postprocess(*args, **kwargs)
+            tokens_and_more: tuple[torch.Tensor, ...] = super().dispatch_postprocess(*args, **kwargs)
+            return tokens_and_more
 
     def combine_preprocess(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See `MoEAlltoAllTokenDispatcher`."""
         with self._sorted_once():
-            return super().combine_preprocess(*args, **kwargs)
+            tokens: torch.Tensor = super().combine_preprocess(*args, **kwargs)
+            return tokens
 
     @contextmanager
     def _sorted_once(self) -> Iterator[None]:

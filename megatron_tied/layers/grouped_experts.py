@@ -12,7 +12,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.layers.accumulation import GroupedLinear, SharedGradient
+from megatron_tied.layers.accumulation import SharedGradient, grouped_linear
+from megatron_tied.layers.marks import mark
 from megatron_tied.layers.swiglu import weighted_swiglu
 
 _UNSUPPORTED = (
@@ -44,7 +45,7 @@ class GroupedExperts(MegatronModule):
         self,
         num_local_experts: int,
         config: TransformerConfig,
-        pg_collection: ProcessGroupCollection | None = None,
+        pg_collection: ProcessGroupCollection,
         name: str | None = None,
     ):
         super().__init__(config=config)
@@ -68,7 +69,7 @@ class GroupedExperts(MegatronModule):
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         weight = torch.nn.Parameter(torch.empty(*shape, dtype=config.params_dtype, device=device))
         # Megatron's mark for "reduce over expert-DP, not over DP"; DeepSpeed reads the same attribute.
-        weight.allreduce = config.expert_model_parallel_size == 1
+        mark(weight, allreduce=config.expert_model_parallel_size == 1)
         return weight
 
     def shared_gradients(self) -> dict[torch.nn.Parameter, SharedGradient]:
@@ -80,7 +81,10 @@ class GroupedExperts(MegatronModule):
         self.fc1_gradient, self.fc2_gradient = owner.fc1_gradient, owner.fc2_gradient
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The local experts as parts of `experts.linear_fc{1,2}.weight` [..., experts, out, in].
 
@@ -114,15 +118,15 @@ class GroupedExperts(MegatronModule):
         for the bias, as in Megatron-Core's experts.
         """
         offsets = tokens_per_expert.to(tokens.device).cumsum(0).to(torch.int32)
-        hidden = GroupedLinear.apply(tokens, self.fc1_weight, offsets, self.fc1_gradient)
+        hidden = grouped_linear(tokens, self.fc1_weight, offsets, self.fc1_gradient)
         if self._recomputes_activation:
             recompute = CheckpointWithoutOutput()
             activated = recompute.checkpoint(self._activation, hidden, probs)
-            output = GroupedLinear.apply(activated, self.fc2_weight, offsets, self.fc2_gradient)
+            output = grouped_linear(activated, self.fc2_weight, offsets, self.fc2_gradient)
             recompute.discard_output_and_register_recompute(output)
         else:
             activated = self._activation(hidden, probs)
-            output = GroupedLinear.apply(activated, self.fc2_weight, offsets, self.fc2_gradient)
+            output = grouped_linear(activated, self.fc2_weight, offsets, self.fc2_gradient)
         return output, None
 
     def _activation(self, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
@@ -135,4 +139,5 @@ class GroupedExperts(MegatronModule):
             activated = activation(gate) * up
         else:
             activated = activation(hidden)
-        return (activated * probs.unsqueeze(-1)).to(hidden.dtype)
+        weighted: torch.Tensor = activated * probs.unsqueeze(-1)
+        return weighted.to(hidden.dtype)

@@ -8,6 +8,8 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
+from megatron_tied.layers.marks import mark
+
 
 class LatentSelfAttention(MLASelfAttention):
     """Megatron-Core's latent attention whose down projections are whole on every tensor parallel rank.
@@ -15,6 +17,9 @@ class LatentSelfAttention(MLASelfAttention):
     So they are with Transformer Engine. Upstream cuts them without it, and then loses in the gradient of the rotated
     part of the keys, which all heads share, what other ranks' heads add to it.
     """
+
+    linear_kv_down_proj: torch.nn.Module
+    linear_q_down_proj: torch.nn.Module
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -30,7 +35,7 @@ class _WholeLinear(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(cut.weight.new_empty(cut.output_size, cut.input_size))
         # Each rank multiplies its part of the sequence.
-        self.weight.sequence_parallel = cut.config.sequence_parallel
+        mark(self.weight, sequence_parallel=cut.config.sequence_parallel)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         return torch.nn.functional.linear(x, self.weight), None

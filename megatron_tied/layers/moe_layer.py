@@ -37,7 +37,7 @@ class TiedMoELayer(MoELayer):
         *,
         banks: ExpertBanks,
         layer_index: int,
-        **kwargs,
+        **kwargs: Any,
     ):
         layer_config = copy.copy(config)
         layer_config.num_moe_experts = banks.topology.num_experts(layer_index, config.num_moe_experts)
@@ -60,8 +60,9 @@ class TiedMoELayer(MoELayer):
             valid = f"must be {own}, as the layers of the model have that is already built"
             raise ConfigError(Problem("tie.num_tied_experts", wanted, valid))
         layer.__class__ = cls
-        layer._join(banks, layer_index)
-        return layer
+        adopted: TiedMoELayer = layer
+        adopted._join(banks, layer_index)
+        return adopted
 
     def _join(self, banks: ExpertBanks, layer_index: int) -> None:
         self.layer_index = layer_index
@@ -102,17 +103,20 @@ class TiedMoELayer(MoELayer):
             first_expert=self.local_expert_indices[0],
         )
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> TiedMoELayer:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TiedMoELayer:
         # Leaving the meta device (or any conversion that makes new Parameters) would part follower and owner.
         super()._apply(fn, recurse)
         tie(self.experts, self._owner[0])
         return self
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """As upstream, a bank's weights under its owner only; a distributed checkpoint holds every tensor once."""
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.is_owner:
             return state
         # Transformer Engine's extra state, such as fp8 scales, is each layer's own.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_tied.layers.marks import mark
 
 
 class TorchNorm(WrappedTorchNorm):
@@ -17,15 +20,15 @@ class TorchNorm(WrappedTorchNorm):
     that, and `engine.tensor_parallel` sums them.
     """
 
-    def __new__(cls, config: TransformerConfig, *args, **kwargs) -> torch.nn.Module:
+    def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> torch.nn.Module:  # type: ignore[misc]
         """Arguments as upstream: config, hidden_size, eps, ...; raises `AssertionError` for what torch cannot do."""
         plain = copy.copy(config)
         plain.sequence_parallel = False
-        norm = super().__new__(cls, plain, *args, **kwargs)
+        norm: torch.nn.Module = super().__new__(cls, plain, *args, **kwargs)
         if type(norm) is torch.nn.RMSNorm:
             norm.__class__ = RMSNorm
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            mark(parameter, sequence_parallel=config.sequence_parallel)
         return norm
 
 
@@ -37,19 +40,20 @@ class RMSNorm(torch.nn.RMSNorm):
         plain = x.dtype == torch.float32 == getattr(self.weight, "dtype", None) and self.eps is not None
         if x.is_cuda or not plain or x.dim() < 2 or len(self.normalized_shape) > 1:
             return super().forward(x)
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        normalised: torch.Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return normalised
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.nn.Parameter, eps: float) -> torch.Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.nn.Parameter, eps: float) -> torch.Tensor:
+        norm: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         normalised = x * scale
         products = gradient * normalised

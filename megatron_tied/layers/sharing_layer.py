@@ -39,7 +39,7 @@ class SharingLayer(TransformerLayer):
         for part, owner in self._shared:
             yield self.get_submodule(part), owner
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> SharingLayer:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SharingLayer:
         # As in TiedMoELayer.
         super()._apply(fn, recurse)
         for own, owner in self.shared():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 
@@ -11,9 +13,12 @@ def weighted_swiglu(hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
 
     Only these two are kept for backward. On CUDA it is Megatron-Core's compiled `WeightedSwiGLUFunction`.
     """
+    activated: torch.Tensor
     if hidden.is_cuda:
-        return weighted_bias_swiglu_impl(hidden, None, probs.unsqueeze(-1))
-    return _WeightedSwiGLU.apply(hidden, probs)
+        activated = weighted_bias_swiglu_impl(hidden, None, probs.unsqueeze(-1))
+    else:
+        activated = _WeightedSwiGLU.apply(hidden, probs)  # type: ignore[no-untyped-call]
+    return activated
 
 
 # Of the rows that are worked on at once: what is in between then stays in the processor's cache.
@@ -24,7 +29,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
     """For hosts without a compiler."""
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hidden, probs)
         output = hidden.new_empty(len(hidden), hidden.shape[1] // 2)
         for part, weights, into in zip(*_by_rows(hidden, probs, output), strict=True):
@@ -33,7 +38,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, probs = ctx.saved_tensors
         of_hidden, of_probs = torch.empty_like(hidden), torch.empty_like(probs)
         for parts in zip(*_by_rows(hidden, probs, gradient, of_hidden, of_probs), strict=True):
@@ -43,7 +48,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
 
 def _by_rows(hidden: torch.Tensor, *others: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
     rows = max(1, 2 * _ELEMENTS // hidden.shape[1])
-    return [tensor.split(rows) for tensor in (hidden, *others)]
+    return [torch.split(tensor, rows) for tensor in (hidden, *others)]
 
 
 def _gradients(

@@ -66,19 +66,18 @@ def gradient_of_all(sites: Sequence[Site]) -> torch.Tensor:
 
 def _in_few_shapes(sites: Sequence[Site], total: torch.Tensor | None = None) -> torch.Tensor:
     """The sum of all sites' parts, added to `total` if there is one; an expert's tokens are filled up with zeros."""
-    adds = total is not None
-    total = total if adds else _empty_gradient(sites[0])
-    for part, *uses in zip(total, *map(_by_expert, sites), strict=True):
+    into = _empty_gradient(sites[0]) if total is None else total
+    for part, *uses in zip(into, *map(_by_expert, sites), strict=True):
         missing = -sum(len(inputs) for inputs, _ in uses) % BLOCK
         inputs, output_gradients = (
             torch.cat([*tensors, tensors[0].new_zeros(missing, tensors[0].shape[1])])
             for tensors in zip(*uses, strict=True)
         )
-        if not adds:
+        if total is None:
             torch.mm(output_gradients.t(), inputs, out=part)
         elif len(inputs):
             part.addmm_(output_gradients.t(), inputs)
-    return total
+    return into
 
 
 def _empty_gradient(site: Site) -> torch.Tensor:
@@ -106,4 +105,4 @@ def concatenated(sites: Sequence[Site]) -> Site:
 
 def _by_expert(site: Site) -> zip[tuple[torch.Tensor, torch.Tensor]]:
     sizes = site.offsets.diff(prepend=site.offsets.new_zeros(1)).tolist()
-    return zip(site.inputs.split(sizes), site.output_gradients.split(sizes), strict=True)
+    return zip(torch.split(site.inputs, sizes), torch.split(site.output_gradients, sizes), strict=True)

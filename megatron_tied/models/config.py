@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -54,6 +55,9 @@ _SAID_ELSEWHERE = {
     "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
 }
 
+# A field, what is true where it is wrong, and what would be valid.
+_Check = tuple[str, object, str]
+
 # How a model is computed and regularised, not what it is: these may change between runs with the same weights.
 TRAINING_ONLY_FIELDS = {
     *("preset", "scale", "expert_backend", "moe_token_dispatcher_type"),
@@ -78,8 +82,8 @@ class ModelConfig(BaseModel):
     """A Mixture-of-Experts language model. Any other field of TransformerConfig is kept and passed on.
 
     Defaults are Megatron-Core's, except where every current MoE language model does otherwise: RMSNorm,
-    SwiGLU, no biases, no dropout, all-to-all dispatch. Sizes are counts of numbers, not bytes; those left out
-    are derived as Megatron-Core derives them, so that none of them reads as None.
+    SwiGLU, no biases, no dropout, all-to-all dispatch. Sizes are counts of numbers, not bytes; those left out,
+    or null, are derived as Megatron-Core derives them.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
@@ -89,7 +93,7 @@ class ModelConfig(BaseModel):
 
     num_layers: PositiveInt
     hidden_size: PositiveInt
-    ffn_hidden_size: PositiveInt | None = None
+    ffn_hidden_size: PositiveInt = Field(default_factory=lambda given: 4 * given["hidden_size"])
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     layernorm_epsilon: PositiveFloat = 1e-5
     activation: Literal["silu", "gelu"] = "silu"
@@ -102,8 +106,8 @@ class ModelConfig(BaseModel):
     init_method_std: PositiveFloat = 0.02
 
     num_attention_heads: PositiveInt
-    num_query_groups: PositiveInt | None = None
-    kv_channels: PositiveInt | None = None
+    num_query_groups: PositiveInt = Field(default_factory=lambda given: given["num_attention_heads"])
+    kv_channels: PositiveInt = Field(default_factory=lambda given: given["hidden_size"] // given["num_attention_heads"])
     add_qkv_bias: bool = False
     attention_dropout: NonNegativeFloat = 0.0
     qk_layernorm: bool = False
@@ -113,7 +117,7 @@ class ModelConfig(BaseModel):
     qkv_clip: PositiveFloat | None = None
 
     num_moe_experts: PositiveInt
-    moe_ffn_hidden_size: PositiveInt | None = None
+    moe_ffn_hidden_size: PositiveInt = Field(default_factory=lambda given: given["ffn_hidden_size"])
     moe_layer_freq: PositiveInt | list[Literal[0, 1]] = 1
     moe_shared_expert_intermediate_size: PositiveInt | None = None
     moe_shared_expert_gate: bool = False
@@ -156,19 +160,11 @@ class ModelConfig(BaseModel):
             raise ConfigError(problems)
         return config
 
-    @model_validator(mode="after")
-    def _derive(self) -> Self:
-        derived = {
-            "ffn_hidden_size": 4 * self.hidden_size,
-            "num_query_groups": self.num_attention_heads,
-            "kv_channels": self.hidden_size // self.num_attention_heads,
-        }
-        derived["moe_ffn_hidden_size"] = self.ffn_hidden_size or derived["ffn_hidden_size"]
-        for name, value in derived.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-                self.model_fields_set.discard(name)  # an explicit null asks for the derived size too
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_what_is_null(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        derived = {name for name, field in cls.model_fields.items() if field.default_factory is not None}
+        return {name: value for name, value in given.items() if value is not None or name not in derived}
 
     def moe_layers(self) -> tuple[int, ...]:
         """The MoE layers, from 0: every moe_layer_freq-th one starting with the first, or those marked 1."""
@@ -211,87 +207,102 @@ class ModelConfig(BaseModel):
 
     def problems(self) -> list[Problem]:
         """What is wrong between fields that are each valid alone."""
-        # Latent attention has widths of its own.
-        head_size_derived = "kv_channels" not in self.model_fields_set and not is_latent(self)
-        grouped = self.expert_backend == "grouped"
-        whole_projection = self.qk_norm_scope == "projection"
-        shared = self.moe_shared_expert_intermediate_size is not None
-        balancing, coefficient = self.moe_router_load_balancing_type, self.moe_aux_loss_coeff
-        is_list = isinstance(self.moe_layer_freq, list)
-        checks = (
-            (
-                "num_attention_heads",
-                head_size_derived and self.hidden_size % self.num_attention_heads,
-                f"must divide model.hidden_size = {self.hidden_size}, or give model.kv_channels",
-            ),
-            (
-                "num_query_groups",
-                self.num_attention_heads % self.num_query_groups,
-                f"must divide model.num_attention_heads = {self.num_attention_heads}",
-            ),
-            (
-                "kv_channels",
-                self.kv_channels % 2 and not is_latent(self),
-                "must be even, for rotary position embeddings",
-            ),
-            ("rotary_percent", self.rotary_percent > 1, "must be at most 1"),
-            (
-                "qk_norm_scope",
-                whole_projection and not (self.qk_layernorm and self.normalization == "RMSNorm"),
-                'must be "head" unless model.qk_layernorm is true and model.normalization is "RMSNorm"',
-            ),
-            (
-                "moe_layer_freq",
-                is_list and len(self.moe_layer_freq) != self.num_layers,
-                f"must have one entry per layer: model.num_layers = {self.num_layers}",
-            ),
-            (
-                "moe_router_topk",
-                self.moe_router_topk > self.num_moe_experts,
-                f"must be at most model.num_moe_experts = {self.num_moe_experts}",
-            ),
-            (
-                "moe_router_pre_softmax",
-                self.moe_router_topk == 1
-                and self.moe_router_score_function == "softmax"
-                and not self.moe_router_pre_softmax,
-                "must be true with model.moe_router_topk = 1: softmax over one expert has no gradient",
-            ),
-            (
-                "moe_router_enable_expert_bias",
-                self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid",
-                'needs model.moe_router_score_function = "sigmoid"',
-            ),
-            (
-                "moe_aux_loss_coeff",
-                isinstance(balancing, list) != isinstance(coefficient, list)
-                or (isinstance(balancing, list) and len(balancing) != len(coefficient)),
-                "must be one number per entry of model.moe_router_load_balancing_type",
-            ),
-            (
-                "recompute_num_layers",
-                self._extra.get("recompute_method") == "uniform"
-                and self.num_layers % (self._extra.get("recompute_num_layers") or 1),
-                f"must divide model.num_layers = {self.num_layers} with model.recompute_method = uniform",
-            ),
-            ("moe_shared_expert_gate", self.moe_shared_expert_gate and not shared, "needs shared experts"),
-            (
-                "add_bias_linear",
-                self.add_bias_linear and (grouped or shared),
-                'must be false with shared experts or model.expert_backend = "grouped"',
-            ),
-            *(
-                (
-                    name,
-                    grouped and getattr(self, name) % _GROUPED_ALIGNMENT,
-                    f'must be a multiple of {_GROUPED_ALIGNMENT} with model.expert_backend = "grouped"',
-                )
-                for name in ("hidden_size", "moe_ffn_hidden_size")
-            ),
-            *((name, name in self._extra, f"is set by {key}") for name, key in _SAID_ELSEWHERE.items()),
-        )
-        found = [Problem(f"model.{name}", getattr(self, name), valid) for name, bad, valid in checks if bad]
+        checks = (*self._attention_checks(), *self._latent_checks(), *self._expert_checks(), *self._layer_checks())
+        found = [Problem(f"model.{name}", getattr(self, name), valid) for name, is_wrong, valid in checks if is_wrong]
         return found + latent_problems(self)
+
+    def _attention_checks(self) -> Iterator[_Check]:
+        # Latent attention has widths of its own.
+        if not is_latent(self):
+            yield (
+                "num_attention_heads",
+                "kv_channels" not in self.model_fields_set and self.hidden_size % self.num_attention_heads,
+                f"must divide model.hidden_size = {self.hidden_size}, or give model.kv_channels",
+            )
+            yield "kv_channels", self.kv_channels % 2, "must be even, for rotary position embeddings"
+        yield (
+            "num_query_groups",
+            self.num_attention_heads % self.num_query_groups,
+            f"must divide model.num_attention_heads = {self.num_attention_heads}",
+        )
+        yield "rotary_percent", self.rotary_percent > 1, "must be at most 1"
+        yield (
+            "qk_norm_scope",
+            self.qk_norm_scope == "projection" and not (self.qk_layernorm and self.normalization == "RMSNorm"),
+            'must be "head" unless model.qk_layernorm is true and model.normalization is "RMSNorm"',
+        )
+
+    def _latent_checks(self) -> Iterator[_Check]:
+        if not is_latent(self):
+            return
+        heads = self.num_attention_heads
+        yield (
+            "num_query_groups",
+            self.num_query_groups != heads,
+            f"must be model.num_attention_heads = {heads}: latent attention has a key for every head",
+        )
+        no_effect = "must be left out: it has no effect on latent attention"
+        yield "qk_norm_scope", self.qk_norm_scope != "head", no_effect
+        yield "qkv_clip", self.qkv_clip is not None, no_effect
+        yield "add_qkv_bias", self.add_qkv_bias, no_effect
+
+    def _expert_checks(self) -> Iterator[_Check]:
+        is_grouped = self.expert_backend == "grouped"
+        has_shared_experts = self.moe_shared_expert_intermediate_size is not None
+        yield (
+            "moe_router_topk",
+            self.moe_router_topk > self.num_moe_experts,
+            f"must be at most model.num_moe_experts = {self.num_moe_experts}",
+        )
+        yield (
+            "moe_router_pre_softmax",
+            self.moe_router_topk == 1
+            and self.moe_router_score_function == "softmax"
+            and not self.moe_router_pre_softmax,
+            "must be true with model.moe_router_topk = 1: softmax over one expert has no gradient",
+        )
+        yield (
+            "moe_router_enable_expert_bias",
+            self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid",
+            'needs model.moe_router_score_function = "sigmoid"',
+        )
+        yield (
+            "moe_aux_loss_coeff",
+            _length(self.moe_router_load_balancing_type) != _length(self.moe_aux_loss_coeff),
+            "must be one number per entry of model.moe_router_load_balancing_type",
+        )
+        yield (
+            "moe_shared_expert_gate",
+            self.moe_shared_expert_gate and not has_shared_experts,
+            "needs shared experts: model.moe_shared_expert_intermediate_size",
+        )
+        yield (
+            "add_bias_linear",
+            self.add_bias_linear and (is_grouped or has_shared_experts),
+            'must be false with shared experts or model.expert_backend = "grouped"',
+        )
+        for name in ("hidden_size", "moe_ffn_hidden_size"):
+            yield (
+                name,
+                is_grouped and getattr(self, name) % _GROUPED_ALIGNMENT,
+                f'must be a multiple of {_GROUPED_ALIGNMENT} with model.expert_backend = "grouped"',
+            )
+
+    def _layer_checks(self) -> Iterator[_Check]:
+        freq = self.moe_layer_freq
+        yield (
+            "moe_layer_freq",
+            isinstance(freq, list) and len(freq) != self.num_layers,
+            f"must have one entry per layer: model.num_layers = {self.num_layers}",
+        )
+        yield (
+            "recompute_num_layers",
+            self._extra.get("recompute_method") == "uniform"
+            and self.num_layers % (self._extra.get("recompute_num_layers") or 1),
+            f"must divide model.num_layers = {self.num_layers} with model.recompute_method = uniform",
+        )
+        for name, key in _SAID_ELSEWHERE.items():
+            yield name, name in self._extra, f"is set by {key}"
 
     @property
     def _extra(self) -> dict[str, Any]:
@@ -309,10 +320,16 @@ def indivisible(field: str, size: int, divided: Mapping[str, int]) -> list[Probl
     ]
 
 
+def _length(value: object) -> int | None:
+    return len(value) if isinstance(value, list) else None
+
+
 def _field_problems(error: ValidationError, mapping: Mapping[str, Any]) -> list[Problem]:
     """One problem per field; what the members of a union each want is joined by "or"."""
     wants: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
+        if item["type"] == "default_factory_not_called":  # which follows from another problem
+            continue
         missing = item["type"] == "missing"
         want = "given, here or by a model.preset" if missing else item["msg"].removeprefix("Input should be ")
         wants.setdefault(str(item["loc"][0]), []).append(want)

@@ -110,9 +110,8 @@ def build_gpt_model(
     config = transformer_config(model, precision=precision)
     # Nothing is drawn from these streams while building; dropout is, in training.
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    use_te = HAVE_TE if use_transformer_engine is None else use_transformer_engine
     block = tied_decoder_block_spec(
-        config, topology, use_transformer_engine=use_te, expert_backend=model.expert_backend
+        config, topology, use_transformer_engine=use_transformer_engine, expert_backend=model.expert_backend
     )
     gpt = assemble(model, config, block)
     initialize_weights(gpt, config, seed)

@@ -55,7 +55,7 @@ def _of_query_key_and_value(
 
     def fill(matrix: torch.Tensor) -> torch.Tensor:
         by_group = matrix.view(groups, queries + 2 * width, -1)
-        for part in by_group.split([queries, width, width], dim=1):
+        for part in torch.split(by_group, [queries, width, width], dim=1):
             part.copy_(method(torch.empty(part.flatten(0, 1).shape)).view_as(part))
         return matrix
 

@@ -1,14 +1,16 @@
-"""The keys of multi-head latent attention, which are those of Megatron-Core's MLATransformerConfig."""
+"""The keys of multi-head latent attention, which are those of Megatron-Core's MLATransformerConfig.
+
+`ModelConfig` keeps them without naming them: here it is any `BaseModel` with such keys.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
 
 from megatron_tied.errors import Problem
-
-if TYPE_CHECKING:
-    from megatron_tied.models.config import ModelConfig
 
 _OF_YARN = (
     *("rotary_scaling_factor", "original_max_position_embeddings"),
@@ -29,26 +31,24 @@ class LatentSizes(NamedTuple):
 _KEYS = (*LatentSizes._fields, "rope_type", *_OF_YARN)
 
 
-def is_latent(model: ModelConfig) -> bool:
+def is_latent(model: BaseModel) -> bool:
     """Whether attention is multi-head latent attention (DeepSeek-V2)."""
     return bool(_extra(model).get("multi_latent_attention"))
 
 
-def latent_sizes(model: ModelConfig) -> LatentSizes:
+def latent_sizes(model: BaseModel) -> LatentSizes:
     """The widths that `model` gives, and Megatron-Core's for the rest."""
     extra = _extra(model)
     return LatentSizes(**{name: extra[name] for name in LatentSizes._fields if name in extra})
 
 
-def latent_problems(model: ModelConfig) -> list[Problem]:
-    """What is wrong with the keys of latent attention, or has no effect on it, or on any other."""
+def latent_problems(model: BaseModel) -> list[Problem]:
+    """What is wrong with the keys of latent attention, or has no effect on another."""
     extra, sizes = _extra(model), latent_sizes(model)
     if not is_latent(model):
         valid = "needs model.multi_latent_attention = true"
         return [Problem(f"model.{name}", extra[name], valid) for name in _KEYS if name in extra]
-    heads, rope = model.num_attention_heads, extra.get("rope_type", "yarn")
-    no_effect = "must be left out: it has no effect on latent attention"
-    positional = sizes.qk_pos_emb_head_dim
+    positional, rope = sizes.qk_pos_emb_head_dim, extra.get("rope_type", "yarn")
     checks = [
         *(
             (name, width, isinstance(width, int) and width < 1, "must be at least 1")
@@ -65,18 +65,9 @@ def latent_problems(model: ModelConfig) -> list[Problem]:
             (name, extra.get(name), rope == "rope" and name in extra, 'needs model.rope_type = "yarn"')
             for name in _OF_YARN
         ),
-        (
-            "num_query_groups",
-            model.num_query_groups,
-            model.num_query_groups != heads,
-            f"must be model.num_attention_heads = {heads}: latent attention has a key for every head",
-        ),
-        ("qk_norm_scope", model.qk_norm_scope, model.qk_norm_scope != "head", no_effect),
-        ("qkv_clip", model.qkv_clip, model.qkv_clip is not None, no_effect),
-        ("add_qkv_bias", model.add_qkv_bias, model.add_qkv_bias, no_effect),
     ]
-    return [Problem(f"model.{name}", value, valid) for name, value, bad, valid in checks if bad]
+    return [Problem(f"model.{name}", value, valid) for name, value, is_wrong, valid in checks if is_wrong]
 
 
-def _extra(model: ModelConfig) -> Mapping[str, Any]:
+def _extra(model: BaseModel) -> Mapping[str, Any]:
     return model.model_extra or {}

@@ -38,9 +38,8 @@ def tied_decoder_block_spec(
     """Megatron-Core's decoder block spec with a `TiedMoELayer` in every MoE layer.
 
     `use_transformer_engine=None` uses it where it is installed; `vp_stage` is the model chunk of an interleaved
-    pipeline. Raises `ConfigError` if the topology was made for
-    another number of layers, or for options that the expert backend does not have. Source:
-    `get_gpt_decoder_block_spec`.
+    pipeline. Raises `ConfigError` if the topology was made for another number of layers, or for options that the
+    expert backend does not have. Source: `get_gpt_decoder_block_spec`.
     """
     # Told here: an error from inside Megatron-Core's building of modules comes out as another one.
     if expert_backend == "grouped" and (problems := unsupported_options(config)):

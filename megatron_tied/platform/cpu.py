@@ -8,38 +8,41 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
 
 def _shim_torch_cuda() -> None:
     # Router, dispatcher, experts, collectives and rotary embedding allocate on `torch.cuda.current_device()`.
-    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
 
 
 def _import_without_compiling() -> None:
     """Megatron-Core wraps small functions in `torch.compile` as it is imported; on a CPU host that would run a
     C++ compiler for minutes in every rank, to fuse a few element-wise operations."""
-    compile_ = torch.compile
-    torch.compile = lambda function=None, **kwargs: function if function is not None else (lambda f: f)
-    try:
+    with patch.object(torch, "compile", _as_it_is):
         import megatron.core.jit
 
         megatron.core.jit.disable_jit_fuser()
-    finally:
-        torch.compile = compile_
+
+
+def _as_it_is(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+    """`torch.compile`, as a function or a decorator, without compiling."""
+    return _as_it_is if function is None else function
 
 
 def _shim_rng() -> None:
     """The RNG tracker swaps CUDA generator states; here it swaps the host generator's."""
     from megatron.core.tensor_parallel import random
 
-    def get_state(*args, **kwargs) -> torch.Tensor:
+    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.get_rng_state()
 
-    def set_state(new_state: torch.Tensor, *args, **kwargs) -> None:
+    def set_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(new_state)
 
     class HostRNGStatesTracker(random.CudaRNGStatesTracker):
@@ -73,7 +76,9 @@ def _shim_dispatcher() -> None:
     constructor makes a CUDA stream for those copies unless the class has one."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    def host_splits(self, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+    def host_splits(
+        self: MoEAlltoAllTokenDispatcher, point: str, tokens_per_expert: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         if point == self.cuda_dtoh_point:
             for name in ("input_splits", "output_splits"):
                 splits = getattr(self, name)
@@ -101,7 +106,8 @@ def skip_inference_kernel() -> None:
     It takes a C++ compiler half a minute. To be called before `deepspeed.init_distributed`.
     """
     # Not `from deepspeed.comm import torch`: that name is PyTorch's.
-    import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    backend: Any = import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
 
 
 def _silence_cuda_advice() -> None:

@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 class _OnHost(TorchFunctionMode):
     """Makes on the CPU whatever asks for CUDA."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
@@ -49,8 +51,17 @@ class _Stream:
 def install_shims() -> None:
     """Install every shim of this module, once."""
     # Never left: a script's whole run is inside.
-    _OnHost().__enter__()
-    cuda = torch.cuda
+    _OnHost().__enter__()  # type: ignore[no-untyped-call]
+    _pretend_one_device(torch.cuda)
+    _load_into_new_optimizers()
+    # In the wheel only from 0.17 on; before, in a script's own tree.
+    if find_spec("megatron.training") is not None:
+        _import_without_triton()
+        _initialize_without_cuda()
+        _compile_once()
+
+
+def _pretend_one_device(cuda: Any) -> None:
     cuda.device_count = lambda: 1
     # Both would count the device just made up.
     cuda.is_available = lambda: False
@@ -65,13 +76,8 @@ def install_shims() -> None:
         setattr(cuda, name, lambda *args, **kwargs: 0)
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    cuda.FloatTensor, cuda.HalfTensor, cuda.BFloat16Tensor = torch.FloatTensor, torch.HalfTensor, torch.BFloat16Tensor
-    _load_into_new_optimizers()
-    # In the wheel only from 0.17 on; before, in a script's own tree.
-    if find_spec("megatron.training") is not None:
-        _import_without_triton()
-        _initialize_without_cuda()
-        _compile_once()
+    for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor"):
+        setattr(cuda, name, getattr(torch, name))
 
 
 def _load_into_new_optimizers() -> None:
@@ -119,7 +125,7 @@ def _import_without_triton() -> None:
     """`megatron.training` imports kernels that only `--batch-invariant-mode` calls; triton comes with CUDA's torch."""
     if find_spec("triton") is None:
         kernels = ModuleType("megatron.core.transformer.custom_layers.batch_invariant_kernels")
-        kernels.enable_batch_invariant_mode = None
+        vars(kernels)["enable_batch_invariant_mode"] = None
         sys.modules[kernels.__name__] = kernels
 
 

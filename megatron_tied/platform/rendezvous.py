@@ -15,7 +15,10 @@ from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.platform.host import ranks_on_this_host
 
 _LOOPBACK = "lo"
-_REFUSED = {errno.EADDRINUSE: "another program listens there", errno.EACCES: "only root may listen there"}
+_REFUSED: dict[int | None, str] = {
+    errno.EADDRINUSE: "another program listens there",
+    errno.EACCES: "only root may listen there",
+}
 _listening: WeakValueDictionary[tuple[str, str], torch.distributed.TCPStore] = WeakValueDictionary()
 
 
@@ -111,4 +114,4 @@ def _resolved(name: str) -> _Resolved | None:
         family, *_, found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
         return None
-    return _Resolved(family, found[0])
+    return _Resolved(family, str(found[0]))

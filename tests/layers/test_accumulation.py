@@ -11,7 +11,7 @@ from megatron.core import tensor_parallel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_tied.layers.accumulation import GroupedLinear, MarkUseSite, SharedGradient, UseSites
+from megatron_tied.layers.accumulation import MarkUseSite, SharedGradient, UseSites, grouped_linear
 from megatron_tied.layers.weight_gradient import Site
 
 EXPERTS, WIDTH = 3, 16
@@ -53,7 +53,7 @@ def offsets(counts: list[int]) -> Tensor:
 
 
 def loop(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    """What GroupedLinear computes, as plain autograd sees it."""
+    """What grouped_linear computes, as plain autograd sees it."""
     return torch.cat([tokens @ matrix.T for tokens, matrix in zip(x.split(counts), weight, strict=True)])
 
 
@@ -115,7 +115,7 @@ def test_what_an_aborted_pass_left_is_forgotten(shared_by):
 @pytest.mark.parametrize("out", [WIDTH, 24])
 def test_one_use_equals_a_loop_over_experts(shared_by, counts, out):
     x, weight = tensors(sum(counts), out)
-    y = GroupedLinear.apply(x, weight, offsets(counts), shared_by(1))
+    y = grouped_linear(x, weight, offsets(counts), shared_by(1))
     expected = loop(x, weight, counts)
     torch.testing.assert_close(y, expected)
     upstream = torch.linspace(-1, 1, y.numel()).view(y.shape)
@@ -127,7 +127,7 @@ def test_one_use_equals_a_loop_over_experts(shared_by, counts, out):
 
 def test_a_gradient_of_any_layout_is_taken(shared_by):
     x, weight = tensors(out=WIDTH)
-    y = GroupedLinear.apply(x, weight, offsets(COUNTS[0]), shared_by(1))
+    y = grouped_linear(x, weight, offsets(COUNTS[0]), shared_by(1))
     expected = torch.autograd.grad(loop(x, weight, COUNTS[0]).t().sum(), weight)
     torch.testing.assert_close(torch.autograd.grad(y.t().sum(), weight), expected)
 
@@ -136,7 +136,7 @@ def test_a_frozen_weight_lets_the_gradient_through_and_counts_nothing(shared_by)
     x, weight = tensors()
     weight.requires_grad_(False)
     shared = shared_by(2)
-    GroupedLinear.apply(x, weight, offsets(COUNTS[0]), shared).square().sum().backward()
+    grouped_linear(x, weight, offsets(COUNTS[0]), shared).square().sum().backward()
     expected = torch.autograd.grad(loop(x, weight, COUNTS[0]).square().sum(), x)[0]
     torch.testing.assert_close(x.grad, expected)
     assert weight.grad is None
@@ -145,7 +145,7 @@ def test_a_frozen_weight_lets_the_gradient_through_and_counts_nothing(shared_by)
 
 def test_tokens_without_a_gradient_still_give_the_weights_one(shared_by):
     x, weight = tensors()
-    GroupedLinear.apply(x.detach(), weight, offsets(COUNTS[0]), shared_by(1)).square().sum().backward()
+    grouped_linear(x.detach(), weight, offsets(COUNTS[0]), shared_by(1)).square().sum().backward()
     expected = torch.autograd.grad(loop(x, weight, COUNTS[0]).square().sum(), weight)[0]
     torch.testing.assert_close(weight.grad, expected)
 
@@ -154,7 +154,7 @@ def test_without_grad_nothing_is_recorded(shared_by):
     x, weight = tensors()
     shared = shared_by(1)
     with torch.no_grad():
-        y = GroupedLinear.apply(x, weight, offsets(COUNTS[0]), shared)
+        y = grouped_linear(x, weight, offsets(COUNTS[0]), shared)
     assert not y.requires_grad
     torch.testing.assert_close(y, loop(x, weight, COUNTS[0]))
 
@@ -171,7 +171,7 @@ def test_three_use_sites_equal_plain_autograd(shared_by, mode, counts):
     weight.register_post_accumulate_grad_hook(lambda p: fired.append((ready[-1], p.grad is not None)))
 
     def layer(x: Tensor) -> Tensor:
-        return torch.tanh(GroupedLinear.apply(x, weight, offsets(counts), shared))
+        return torch.tanh(grouped_linear(x, weight, offsets(counts), shared))
 
     hidden, expected = x, x
     for _ in range(3):
@@ -193,10 +193,10 @@ def test_a_backward_pass_that_fails_midway_leaves_no_trace_after_reset(shared_by
     shared = shared_by(2)
 
     def two_layers(break_between: bool) -> Tensor:
-        hidden = GroupedLinear.apply(x, weight, offsets(COUNTS[0]), shared).tanh()
+        hidden = grouped_linear(x, weight, offsets(COUNTS[0]), shared).tanh()
         if break_between:
             hidden.register_hook(lambda gradient: 1 / 0)
-        return GroupedLinear.apply(hidden, weight, offsets(COUNTS[0]), shared).square().sum()
+        return grouped_linear(hidden, weight, offsets(COUNTS[0]), shared).square().sum()
 
     with pytest.raises(ZeroDivisionError):
         two_layers(break_between=True).backward()
@@ -215,7 +215,7 @@ def test_gradients_of_two_micro_batches_add_up(shared_by):
         return linear(linear(scale * x).tanh()).square().sum()
 
     for scale in (1.0, 0.5):
-        run(lambda x: GroupedLinear.apply(x, weight, offsets(COUNTS[0]), shared), scale).backward()
+        run(lambda x: grouped_linear(x, weight, offsets(COUNTS[0]), shared), scale).backward()
     plain = sum(run(lambda x: loop(x, weight, COUNTS[0]), scale) for scale in (1.0, 0.5))
     torch.testing.assert_close(weight.grad, torch.autograd.grad(plain, weight)[0])
 

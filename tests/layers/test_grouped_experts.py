@@ -143,7 +143,7 @@ def test_what_only_megatrons_experts_implement_is_refused_by_name(name, value):
     assert unsupported_options(settings) == []
     setattr(settings, name, value)
     with pytest.raises(ConfigError) as caught:
-        GroupedExperts(EXPERTS, settings)
+        GroupedExperts(EXPERTS, settings, get_default_pg_collection())
     assert [(problem.field, problem.value) for problem in caught.value.problems] == [(f"model.{name}", value)]
 
 
