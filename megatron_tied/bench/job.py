@@ -12,6 +12,7 @@ from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.topology import TieConfig
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import load_config, parse_config
+from megatron_tied.training.vocabulary import with_vocabulary
 
 TIED, UNTIED, HUGGINGFACE, MEGATRON_CORE, AUTOEP = "tied", "untied", "huggingface", "megatron-core", "autoep"
 OPPONENTS = (UNTIED, HUGGINGFACE, MEGATRON_CORE, AUTOEP)
@@ -65,7 +66,7 @@ class Job:
 
 def untied(tie: TieConfig) -> TieConfig:
     """The same with a bank of its own for every layer."""
-    return replace(tie, group_size=1, banks=None, num_tied_experts=None)
+    return replace(tie, group_size=1, banks=None, num_tied_experts=None, share="experts")
 
 
 def load_subject(path: Path | None, overrides: Sequence[str], ranks: int, *, precision: str) -> RunConfig:
@@ -87,8 +88,6 @@ def load_subject(path: Path | None, overrides: Sequence[str], ranks: int, *, pre
             sections["parallel"] = {"expert_model_parallel_size": ranks}
     config = load_config(path, overrides, sections)
     if config.data.tokenizer is not None:
-        from megatron_tied.training.startup import with_vocabulary
-
         config = with_vocabulary(config)
     return config
 

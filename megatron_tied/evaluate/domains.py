@@ -81,8 +81,8 @@ def _read(argument: str, found: TrainedModel, tokenizer: Tokenizer | None, max_t
     if metadata is not None:
         _check_tokenizer(metadata, found, tokenizer)
     domain = Domain(name, prefix, index.dtype, min(index.tokens - 1, max_tokens or index.tokens))
-    if (largest := domain.largest_id()) >= found.config.vocab_size:
-        raise ValueError(f"has token id {largest}, and the model knows those below {found.config.vocab_size}")
+    if (largest := domain.largest_id()) >= found.vocab_size:
+        raise ValueError(f"has token id {largest}, and the model knows those below {found.vocab_size}")
     return domain
 
 
@@ -96,8 +96,8 @@ def _named(argument: str) -> tuple[str, Path]:
 def _check_tokenizer(metadata: Metadata, found: TrainedModel, tokenizer: Tokenizer | None) -> None:
     if tokenizer is not None and metadata.tokenizer_sha256 != tokenizer.sha256:
         raise ValueError(f"must have been made with the model's tokenizer, {found.tokenizer}, not {metadata.tokenizer}")
-    if metadata.vocab_size > found.config.vocab_size:
-        raise ValueError(f"was made for {metadata.vocab_size} token ids, and the model has {found.config.vocab_size}")
+    if metadata.vocab_size > found.vocab_size:
+        raise ValueError(f"was made for {metadata.vocab_size} token ids, and the model has {found.vocab_size}")
 
 
 def _same_names(domains: Sequence[Domain]) -> Iterable[Problem]:

@@ -137,7 +137,8 @@ class MegatronTiedLM(TemplateLM):
                 raise ConfigError(Problem("max_length", self._max_length, valid))
             tokens = [*(context or [self._prefix]), *predicted][-self._max_length - 1 :]
             texts.append(Text(tokens, len(predicted)))
-        return [tuple(result) for result in score(self._model, texts, batch_size=self._batch_size)]
+        scores = score(self._model, texts, batch_size=self._batch_size)
+        return [(result.log_likelihood, result.is_greedy) for result in scores]
 
 
 def _tokenizer(found: TrainedModel, given: str | None) -> Tokenizer:
@@ -146,8 +147,8 @@ def _tokenizer(found: TrainedModel, given: str | None) -> Tokenizer:
         valid = f"must be given: that of the training, {found.run['data'].get('tokenizer')}, is not here"
         raise ConfigError(Problem("tokenizer", None, valid))
     tokenizer = load_tokenizer(path, field="tokenizer")
-    if tokenizer.vocab_size > found.config.vocab_size:
-        valid = f"has {tokenizer.vocab_size} tokens, and the model knows {found.config.vocab_size}"
+    if tokenizer.vocab_size > found.vocab_size:
+        valid = f"has {tokenizer.vocab_size} tokens, and the model knows {found.vocab_size}"
         raise ConfigError(Problem("tokenizer", str(path), valid))
     return tokenizer
 
@@ -174,4 +175,5 @@ def _use_device(device: str | None) -> None:
 
 
 def _cut(text: str, setting: dict[str, Any]) -> str:
-    return postprocess_generated_text(text, setting["until"], think_end_token=None)
+    cut: str = postprocess_generated_text(text, setting["until"], think_end_token=None)
+    return cut

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -51,7 +51,7 @@ def held_out_losses(
             losses = []
             for domain in domains:
                 bar.set_postfix_str(domain.name)
-                losses.append(_held_out_loss(model, domain, seq_length, micro_batch_size, bar))
+                losses.append(_held_out_loss(model, domain, seq_length, micro_batch_size, bar.update))
         return losses
 
 
@@ -68,7 +68,11 @@ def _ranks(expert_model_parallel_size: int) -> Iterator[None]:
 
 @torch.no_grad()
 def _held_out_loss(
-    model: torch.nn.Module, domain: Domain, seq_length: int, micro_batch_size: int, bar: tqdm
+    model: torch.nn.Module,
+    domain: Domain,
+    seq_length: int,
+    micro_batch_size: int,
+    advance: Callable[[int], object],
 ) -> HeldOutLoss:
     rank = parallel_state.get_data_parallel_rank()
     together = micro_batch_size * parallel_state.get_data_parallel_world_size()
@@ -80,7 +84,7 @@ def _held_out_loss(
         inputs = Inputs(*(tensor.to(device()) for tensor in given))
         losses = model(inputs.tokens, inputs.position_ids, None, labels=inputs.labels).double()
         total += torch.stack([(losses * inputs.loss_mask).sum(), inputs.loss_mask.sum().double()])
-        bar.update(min(together, windows - first))
+        advance(min(together, windows - first))
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
     summed, tokens = total.tolist()
     return HeldOutLoss(round(tokens), summed / tokens)

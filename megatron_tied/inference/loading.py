@@ -25,6 +25,7 @@ from megatron_tied.topology import TieConfig
 
 # Where an expert takes so many tokens and no more, one text's result depends on the others beside it.
 _DROPPING = ("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity")
+_EMBEDDING = "weight/embedding.word_embeddings.weight"
 _HF_FILES = "hf"  # beside a conversion's weights
 _DEFAULT_LENGTH = 2048
 
@@ -44,9 +45,15 @@ class TrainedModel:
         return self.manifest.run
 
     @property
+    def vocab_size(self) -> int:
+        """How many token ids the model knows."""
+        return self.manifest.tensors[_EMBEDDING].shape[0]
+
+    @property
     def precision(self) -> str:
         """fp32, bf16 or fp16: of the training, or of the model that was imported."""
-        return self.run["train"]["precision"]
+        precision: str = self.run["train"]["precision"]
+        return precision
 
     @property
     def seq_length(self) -> int:
@@ -56,7 +63,7 @@ class TrainedModel:
     @property
     def tokenizer(self) -> str | Path | None:
         """The tokenizer of the training, or of the model that was imported; None where neither is on this machine."""
-        trained_with = self.run["data"].get("tokenizer")
+        trained_with: str | None = self.run["data"].get("tokenizer")
         if trained_with and is_tiktoken(trained_with):
             return trained_with
         places = [*([Path(trained_with)] if trained_with else []), self.path / _HF_FILES]
@@ -75,8 +82,8 @@ def find_model(directory: Path, *, field: str = "--checkpoint") -> TrainedModel:
     except BrokenCheckpointError as error:
         valid = f"must be a checkpoint, or a run that has one: {error}"
         raise ConfigError(Problem(field, str(directory), valid)) from None
-    embedding = manifest.tensors["weight/embedding.word_embeddings.weight"]
-    config = ModelConfig.resolve(manifest.run["model"]).model_copy(update={"vocab_size": embedding.shape[0]})
+    vocab_size = manifest.tensors[_EMBEDDING].shape[0]
+    config = ModelConfig.resolve(manifest.run["model"]).model_copy(update={"vocab_size": vocab_size})
     # No gradient is taken here, and a way to take it would ask for one kind of experts.
     tie = replace(TieConfig(**manifest.run["tie"]), weight_gradient="auto")
     return TrainedModel(path, manifest, inference_config(config), tie)

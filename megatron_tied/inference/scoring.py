@@ -54,7 +54,9 @@ def logits(model: torch.nn.Module, sequences: Sequence[Tokens]) -> torch.Tensor:
     """
     rows = [torch.tensor(sequence) for sequence in sequences]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device())
-    return model(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens), None)
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    found: torch.Tensor = model(tokens, places, None)
+    return found
 
 
 def _score(text: Text, output: torch.Tensor) -> Score:

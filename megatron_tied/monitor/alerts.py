@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from megatron_tied.monitor.sinks import numbered, tensorboard_tag
+from megatron_tied.monitor.sinks import Metrics, numbered, tensorboard_tag
 from megatron_tied.topology import Bank, TieTopology
 
 _NORMS_REMEMBERED = 50
@@ -72,7 +72,6 @@ class WatchedRun:
     peak_lr: float
 
 
-Metrics = Mapping[str, float | None]
 Judge = Callable[[float], str | None]
 
 
@@ -100,16 +99,20 @@ class Alerts:
             yield _Watch("grad_norm", _GradNormSpike(settings.grad_norm_spike).judge)
         for bank in topology.banks:
             if settings.dead_fraction is not None:
-                yield _Watch(numbered("bank_dead_fraction", bank.index), partial(self._dead_experts, bank))
+                judge = partial(self._dead_experts, bank, settings.dead_fraction)
+                yield _Watch(numbered("bank_dead_fraction", bank.index), judge)
             if settings.agreement is not None and bank.is_tied and self._has_choice(bank):
                 metric = numbered("agreement_overlap", bank.index)
-                yield _Watch(metric, partial(self._agreement, bank), steps=settings.patience)
+                judge = partial(self._agreement, bank, settings.agreement)
+                yield _Watch(metric, judge, steps=settings.patience)
             if settings.update_ratio is not None:
                 metric = numbered("bank_update_ratio", bank.index)
-                yield _Watch(metric, partial(self._update_ratio, bank), in_a_row=_UPDATES_IN_A_ROW)
+                judge = partial(self._update_ratio, bank, *settings.update_ratio)
+                yield _Watch(metric, judge, in_a_row=_UPDATES_IN_A_ROW)
         for layer in topology.moe_layers:
             if settings.max_vio is not None and self._has_choice(topology.bank(layer)):
-                yield _Watch(numbered("layer_max_vio", layer), partial(self._max_vio, layer), steps=settings.patience)
+                judge = partial(self._max_vio, layer, settings.max_vio)
+                yield _Watch(numbered("layer_max_vio", layer), judge, steps=settings.patience)
 
     def _experts(self, bank: Bank) -> int:
         return self._run.topology.num_experts(bank, self._run.num_experts)
@@ -118,8 +121,8 @@ class Alerts:
         # A router that takes every expert is even, and agrees with every other, whatever it has learnt.
         return self._run.top_k < self._experts(bank)
 
-    def _dead_experts(self, bank: Bank, fraction: float) -> str | None:
-        bound, experts = self._settings.dead_fraction, self._experts(bank)
+    def _dead_experts(self, bank: Bank, bound: float, fraction: float) -> str | None:
+        experts = self._experts(bank)
         dead = round(fraction * experts)
         # Not the fraction itself: in 32 bits, one of ten is more than 0.1.
         if dead / experts <= bound:
@@ -133,12 +136,10 @@ class Alerts:
             f"A higher model.moe_aux_loss_coeff usually helps. {_bound('dead_fraction')}"
         )
 
-    def _max_vio(self, layer: int, max_vio: float) -> str | None:
+    def _max_vio(self, layer: int, setting: float | Literal["auto"], max_vio: float) -> str | None:
         bank = self._run.topology.bank(layer)
         most = self._experts(bank) / self._run.top_k - 1
-        bound = self._settings.max_vio
-        if bound == "auto":
-            bound = min(_MAX_VIO, _SHARE_OF_LARGEST * most)
+        bound = min(_MAX_VIO, _SHARE_OF_LARGEST * most) if isinstance(setting, str) else setting
         if max_vio <= bound:
             return None
         return (
@@ -148,8 +149,7 @@ class Alerts:
             f"A higher model.moe_aux_loss_coeff usually helps. {_bound('max_vio')}"
         )
 
-    def _agreement(self, bank: Bank, overlap: float) -> str | None:
-        bound = self._settings.agreement
+    def _agreement(self, bank: Bank, bound: float, overlap: float) -> str | None:
         if overlap <= bound:
             return None
         return (
@@ -164,8 +164,7 @@ class Alerts:
     def _for_long(self) -> str:
         return f", for {self._settings.patience} steps now" if self._settings.patience else ""
 
-    def _update_ratio(self, bank: Bank, ratio: float) -> str | None:
-        low, high = self._settings.update_ratio
+    def _update_ratio(self, bank: Bank, low: float, high: float, ratio: float) -> str | None:
         # Warm-up and the end of the decay change little by intention.
         if low <= ratio <= high or self._lr < _HIGH_LR_SHARE * self._highest_lr:
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from statistics import mean
+from typing import Any
 
 import torch
 
@@ -85,5 +86,5 @@ def _agreements(observation: Observation, topology: TieTopology, top_k: int) -> 
     return found
 
 
-def _rounded(tensor: torch.Tensor) -> list:
+def _rounded(tensor: torch.Tensor) -> list[Any]:
     return tensor.round(decimals=_DIGITS).tolist()

@@ -85,8 +85,9 @@ def agreement_heat_maps(
 def image(figure: Figure) -> NDArray[np.uint8]:
     """The pixels of a figure [height, width, 3]."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib's stubs leave its canvas out
+    pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    return pixels[..., :3].copy()
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -111,9 +112,9 @@ def _octaves(rows: Sequence[Sequence[float]]) -> NDArray[np.float64]:
 def _draw_agreement(axes: Axes, matrix: NDArray[np.float64], layers: Sequence[int], chance: float | None) -> None:
     lowest = min(chance or 0.0, 0.99)
     axes.imshow(matrix, cmap="Greens", vmin=lowest, vmax=1.0)
-    ticks = range(len(layers))
-    axes.set_xticks(ticks, layers)
-    axes.set_yticks(ticks, layers)
+    ticks, labels = range(len(layers)), list(map(str, layers))
+    axes.set_xticks(ticks, labels)
+    axes.set_yticks(ticks, labels)
     axes.tick_params(labelsize=_TEXT_SIZE)
     if len(matrix) > _MOST_LABELS:
         return  # numbers would be too small to read, and take seconds to draw

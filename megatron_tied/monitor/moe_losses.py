@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -63,10 +65,10 @@ def _coefficients(config: TransformerConfig) -> dict[str, float]:
     return {kind: coefficient for kind, coefficient in pairs if kind in _TRACKED and coefficient}
 
 
-def _layer_sum(entry: dict | None) -> torch.Tensor:
+def _layer_sum(entry: Mapping[str, Any] | None) -> torch.Tensor:
     if entry is None:
         return torch.zeros((), device=device())
-    values = entry["values"].sum()
+    values: torch.Tensor = entry["values"].sum()
     # Tensor and context parallel ranks have parts of one balancing loss, but a z-loss each.
     if entry.get("reduce_group") is not None:
         torch.distributed.all_reduce(values, group=parallel_state.get_tensor_and_context_parallel_group())

@@ -106,8 +106,8 @@ class RoutingObserver:
         total = torch.cat(parts)
         torch.distributed.all_reduce(total, group=group)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
-        *totals, received = total.cpu().split([part.numel() for part in parts])
-        max_logits, most = largest.cpu().split(len(layers))
+        *totals, received = torch.split(total.cpu(), [part.numel() for part in parts])
+        max_logits, most = torch.split(largest.cpu(), len(layers))
         return Observation(
             layers={
                 layer: RoutingSums(sums, max_logit)
@@ -124,7 +124,7 @@ class RoutingObserver:
 def _before_dropping(router: TopKRouter, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A router's probabilities and choices [tokens, experts] before capacity takes some: those it drops are its own."""
     config = router.config
-    return topk_routing_with_score_function(
+    decided: tuple[torch.Tensor, torch.Tensor] = topk_routing_with_score_function(
         logits,
         router.topk,
         use_pre_softmax=config.moe_router_pre_softmax,
@@ -134,6 +134,7 @@ def _before_dropping(router: TopKRouter, logits: torch.Tensor) -> tuple[torch.Te
         score_function=router.score_function,
         expert_bias=router.expert_bias,
     )
+    return decided
 
 
 def _received(layers: Mapping[int, RoutingSums]) -> torch.Tensor:
@@ -141,5 +142,5 @@ def _received(layers: Mapping[int, RoutingSums]) -> torch.Tensor:
     counts = torch.cat([sums.kept for sums in layers.values()])
     group = parallel_state.get_expert_model_parallel_group()
     torch.distributed.all_reduce(counts, group=group)
-    by_layer = counts.split([sums.num_experts for sums in layers.values()])
+    by_layer = torch.split(counts, [sums.num_experts for sums in layers.values()])
     return torch.stack([part.chunk(group.size())[group.rank()].sum() for part in by_layer])

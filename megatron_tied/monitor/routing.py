@@ -84,7 +84,8 @@ def routing_distribution(logits: torch.Tensor, top_k: int, score_function: str) 
     if score_function == "sigmoid":
         scores = logits.sigmoid()
         return scores / scores.sum(-1, keepdim=True)
-    return compute_routing_scores_for_aux_loss(logits, top_k, score_function)[1]
+    normalised: torch.Tensor = compute_routing_scores_for_aux_loss(logits, top_k, score_function)[1]
+    return normalised
 
 
 def routing_figures(sums: RoutingSums) -> dict[str, float]:

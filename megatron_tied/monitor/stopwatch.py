@@ -21,13 +21,13 @@ class Stopwatch:
     def running(self) -> Iterator[None]:
         """What the host does in this context is timed, or, with a GPU, what it queues on the current stream."""
         if not torch.cuda.is_available():
-            began = time.perf_counter()
+            then = time.perf_counter()
             try:
                 yield
             finally:
-                self._seconds += time.perf_counter() - began
+                self._seconds += time.perf_counter() - then
             return
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began, ended = _event(), _event()
         began.record()
         try:
             yield
@@ -46,6 +46,10 @@ class Stopwatch:
 
     def _add_finished(self) -> None:
         # Not all at the end: between two log lines there may be very many.
-        while self._events and self._events[0][1].query():
+        while self._events and self._events[0][1].query():  # type: ignore[no-untyped-call]
             began, ended = self._events.popleft()
             self._seconds += began.elapsed_time(ended) / 1000
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

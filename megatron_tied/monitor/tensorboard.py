@@ -87,19 +87,19 @@ def _summaries(description: RunDescription | None) -> list[Summary]:
         dashboard: {title: ["Multiline", list(tags)] for title, tags in charts.items()}
         for dashboard, charts in DASHBOARDS.items()
     }
-    layout = custom_scalars(charts)
+    layout = custom_scalars(charts)  # type: ignore[no-untyped-call]
     if description is None:
         return [layout]
     # Not the third, which says that the session has ended.
-    experiment, session, _ = hparams(description.hparams(), dict.fromkeys(_COMPARED, 0.0))
-    return [
-        layout,
-        _with_ours_first(experiment),
-        session,
-        text("run/config", description.config_markdown()),
-        text("run/topology", description.topology_markdown()),
-        text("run/parameters", description.parameters_markdown()),
-    ]
+    compared = dict.fromkeys(_COMPARED, 0.0)
+    experiment, session, _ = hparams(description.hparams(), compared)  # type: ignore[no-untyped-call]
+    texts = {
+        "run/config": description.config_markdown(),
+        "run/topology": description.topology_markdown(),
+        "run/parameters": description.parameters_markdown(),
+    }
+    told = [text(tag, markdown) for tag, markdown in texts.items()]  # type: ignore[no-untyped-call]
+    return [layout, _with_ours_first(experiment), session, *told]
 
 
 def _with_ours_first(experiment: Summary) -> Summary:
@@ -113,7 +113,8 @@ def _with_ours_first(experiment: Summary) -> Summary:
 
 
 def _bytes(summary: Summary) -> bytes:
-    return summary.SerializeToString(deterministic=True)
+    written: bytes = summary.SerializeToString(deterministic=True)
+    return written
 
 
 def _write_events(directory: Path, number_and_mark: str, summaries: Sequence[Summary]) -> None:

@@ -55,7 +55,7 @@ class UseSiteGradients:
         """
         products = {}
         for bank, sites in self._sites.items():
-            product = sum(map(self._product, sites))
+            product = torch.stack([self._product(site) for site in sites]).sum(0)
             torch.distributed.all_reduce(product, group=parallel_state.get_expert_model_parallel_group())
             products[bank] = product.cpu()
         self._samples = {}
@@ -78,7 +78,8 @@ def gradient_agreement(products: torch.Tensor) -> dict[str, float]:
     way, 1 where nothing is left of them.
     """
     norms = products.diagonal().clamp(min=0).sqrt()
-    cosines = (products / torch.outer(norms, norms))[*torch.triu_indices(*products.shape, 1)]
+    first, second = torch.triu_indices(len(products), len(products), 1)
+    cosines = (products / torch.outer(norms, norms))[first, second]
     total = math.sqrt(max(0.0, products.sum().item()))
     return {
         "gradient_cosine": cosines.mean().item(),

@@ -15,28 +15,21 @@ _DATA_KEYS = (("train", "seq_length"), ("train", "global_batch_size"), ("train",
 
 
 def same_model_problems(config: RunConfig, saved: Mapping[str, Any], checkpoint: str) -> list[Problem]:
-    """Why the weights of a run with the config `saved` are not those of this run's model."""
-    try:
-        other = parse_config(saved)
-    except ConfigError as error:
-        return [Problem(checkpoint, None, f"was written with a config that is not valid here: {error}")]
+    """Why the weights of a run with the config `saved` are not those of this run's model. Raises `ConfigError`."""
+    other = _parsed(saved, checkpoint)
     return [*_model_problems(config, other, checkpoint), *_tie_problems(config, other, checkpoint)]
 
 
 def teacher_problems(config: RunConfig, saved: Mapping[str, Any], checkpoint: str) -> list[Problem]:
-    """Why a run with the config `saved` is no teacher for this one; its banks may be others."""
-    try:
-        other = parse_config(saved)
-    except ConfigError as error:
-        return [Problem(checkpoint, None, f"was written with a config that is not valid here: {error}")]
-    return list(_model_problems(config, other, checkpoint))
+    """Why a run with the config `saved` is no teacher for this one; its banks may be others. Raises `ConfigError`."""
+    return list(_model_problems(config, _parsed(saved, checkpoint), checkpoint))
 
 
 def resume_problems(config: RunConfig, saved: Mapping[str, Any], checkpoint: str) -> list[Problem]:
     """Why a run with the config `saved` cannot be gone on with by this one: another model, or another order of data.
 
     The number of ranks and how the model is spread over them, the ZeRO stage, offload, precision, learning rates and
-    whatever is only watched or written may all change.
+    whatever is only watched or written may all change. Raises `ConfigError`.
     """
     if problems := same_model_problems(config, saved, checkpoint):
         return problems
@@ -57,6 +50,14 @@ def objective_changes(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
         for key in type(ours).model_fields
         if getattr(ours, key) != getattr(theirs, key)
     ]
+
+
+def _parsed(saved: Mapping[str, Any], checkpoint: str) -> RunConfig:
+    try:
+        return parse_config(saved)
+    except ConfigError as error:
+        valid = f"was written with a config that is not valid here: {error}"
+        raise ConfigError(Problem(checkpoint, None, valid)) from None
 
 
 def _model_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> Iterator[Problem]:

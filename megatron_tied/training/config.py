@@ -27,7 +27,7 @@ from megatron_tied.monitor.alerts import AlertSettings
 from megatron_tied.topology import TieConfig, TieTopology
 from megatron_tied.training.deepspeed_section import deepspeed_type_problems
 from megatron_tied.training.fields import Count, CountFromZero, NonNegative, PathName, Section
-from megatron_tied.training.optimizer_config import OptimizerConfig
+from megatron_tied.training.optimizer_config import Frozen, OptimizerConfig
 from megatron_tied.training.validation import type_problem
 
 
@@ -171,7 +171,7 @@ class RunConfig(Section):
         """Which layer uses which expert bank. Raises ConfigError."""
         return self.model.topology(self.tie)
 
-    def frozen(self) -> tuple[str, ...]:
+    def frozen(self) -> Frozen:
         """What training leaves as it is, in the words of `optimizer.freeze`."""
         if self.optimizer.freeze is not None:
             return self.optimizer.freeze
@@ -248,9 +248,14 @@ class RunConfig(Section):
             valid = f"must be at most model.max_position_embeddings = {longest}"
             yield Problem("train.seq_length", self.train.seq_length, valid)
         try:
-            self.topology()
+            topology = self.topology()
         except ConfigError as error:
             yield from error.problems
+        else:
+            if self.tie.share != "experts" and not topology.shares_more:
+                yield Problem(
+                    "tie.share", self.tie.share, "must be experts where no layers are tied: see tie.group_size"
+                )
 
     def _parallel_problems(self, world_size: int) -> Iterator[Problem]:
         parallel, processes = self.parallel, {"the number of processes": world_size}

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +24,8 @@ from megatron_tied.files import write_whole
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.monitor.alerts import AlertSettings
 from megatron_tied.topology import TieConfig
-from megatron_tied.training.config import RunConfig, Section, WandbConfig, transformer_fields
+from megatron_tied.training.config import RunConfig, WandbConfig, transformer_fields
+from megatron_tied.training.fields import Section
 from megatron_tied.training.optimizer_config import with_preset
 from megatron_tied.training.validation import problems_of, to_json
 
@@ -44,7 +45,7 @@ def load_config(
         config[name] = dict(section)
     for override in overrides:
         config = _with_deepspeed_file(_override(config, override))
-    values = OmegaConf.to_container(config, resolve=False)
+    values = _plain(config)
     if problems := list(_interpolations(values)):
         raise ConfigError(problems)
     return parse_config(values)
@@ -90,16 +91,22 @@ def _override(config: DictConfig, text: str) -> DictConfig:
     if not equals or not all(key.split(".")):
         raise ConfigError(Problem("override", text, "must be section.field=value"))
     try:
-        return OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
+        return cast(DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist([text])))
     except yaml.YAMLError as error:
         raise ConfigError(Problem(key, value, f"is not a valid YAML value: {_where(error)}")) from None
     except OmegaConfBaseException as error:
         raise ConfigError(Problem(key, value, f"cannot be set: {_first_line(error)}")) from None
 
 
+def _plain(config: DictConfig) -> dict[str, Any]:
+    """The values as YAML has them, interpolations as they are written."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
+
+
 def _where(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else str(error)
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
 
 
 def _first_line(error: Exception) -> str:
@@ -108,7 +115,7 @@ def _first_line(error: Exception) -> str:
 
 def _with_deepspeed_file(config: DictConfig) -> DictConfig:
     """Puts the content of ds_config.json in place of its path, so that overrides can change parts of it."""
-    values = OmegaConf.to_container(config, resolve=False)
+    values = _plain(config)
     path = values.get("deepspeed")
     if not isinstance(path, str):
         return config

@@ -79,9 +79,10 @@ class Distillation:
         if not layer.training:
             return output
         hidden, bias = output
-        # The graph keeps what it needs of it. Without gradients recompute is to come, and to ask for it again.
-        get = self._targets.pop if torch.is_grad_enabled() else self._targets.get
-        target = get(layer.layer_index).float()
+        target = self._targets[layer.layer_index].float()
+        if torch.is_grad_enabled():
+            # The graph keeps what it needs of it. Without gradients recompute is to come, and to ask for it again.
+            del self._targets[layer.layer_index]
         difference = (hidden.float() - target).square().mean() / target.square().mean()
         if self._is_forward:
             # Not when recompute runs the layer again.

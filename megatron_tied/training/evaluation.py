@@ -56,4 +56,5 @@ def average_over_ranks(value: torch.Tensor) -> float:
     group = parallel_state.get_data_parallel_group()
     total = value.detach().clone()
     torch.distributed.all_reduce(total, group=group)
-    return total.item() / group.size()
+    mean: float = total.item() / group.size()
+    return mean

@@ -40,7 +40,8 @@ def free_port() -> int:
     """A port of this host that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def is_first_here(environment: Mapping[str, str] = os.environ) -> bool:
@@ -71,7 +72,8 @@ def own_addresses() -> list[str]:
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return ["127.0.0.1"]  # which gloo takes then
-    return list(dict.fromkeys(address for *_, (address, *_) in found))
+    # A Python without IPv6 would give its addresses as numbers.
+    return list(dict.fromkeys(address for *_, (address, *_) in found if isinstance(address, str)))
 
 
 def listen_at(address: str, backlog: int = 1) -> socket.socket:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core import parallel_state
@@ -12,7 +11,7 @@ from megatron.core import parallel_state
 from megatron_tied.data.datasets import Datasets
 from megatron_tied.data.sampler import GlobalBatchSampler, train_loader
 from megatron_tied.engine.engine import TiedMoEEngine
-from megatron_tied.monitor.sinks import Sinks, Tables
+from megatron_tied.monitor.sinks import Metrics, Sinks, Tables
 from megatron_tied.platform import device
 from megatron_tied.training.checkpoints import Checkpoints
 from megatron_tied.training.config import RunConfig
@@ -27,84 +26,112 @@ from megatron_tied.training.signals import StopSignals
 from megatron_tied.training.window import Window
 
 
-class Trained(NamedTuple):
-    """The last step that was done, and the last value of every metric."""
+@dataclass
+class Trainer:
+    """Takes the steps of a run, with logging, evaluation and checkpoints, to the last one or to a signal.
 
-    step: int
-    metrics: dict[str, Any]
-
-
-def train(
-    config: RunConfig,
-    engine: TiedMoEEngine,
-    datasets: Datasets,
-    sinks: Sinks,
-    checkpoints: Checkpoints,
-    signals: StopSignals,
-    liveness: Liveness,
-    monitoring: Monitoring,
-    plan: PlanCheck,
-    done: int = 0,
-    distillation: Distillation | None = None,
-) -> Trained:
-    """Run the steps after the first `done`, with logging, evaluation and checkpoints, to the end or to a signal.
-
-    The objective is that of `distillation`, if given; held-out losses are cross entropies.
+    The objective is that of `distillation`, if given; held-out losses are cross entropies. `latest` is the last value
+    of every metric.
     """
-    settings = config.train
-    loss_function = LossFunction(device())
-    objective = distillation or loss_function
-    window = Window(config, engine, monitoring.constants, monitoring.step_time)
-    latest: dict[str, Any] = {}
 
-    def log(step: int, metrics: dict[str, float], tables: Tables | None = None) -> None:
-        began = time.perf_counter()
-        sinks.write(step, metrics)
-        if tables:
-            sinks.write_tables(step, tables)
-        window.pause(time.perf_counter() - began)
-        latest.update(metrics)
-        for alert in monitoring.alerts.check(step, metrics):
-            progress.say(alert)
+    config: RunConfig
+    engine: TiedMoEEngine
+    datasets: Datasets
+    distillation: Distillation | None
+    monitoring: Monitoring
+    window: Window
+    plan: PlanCheck
+    sinks: Sinks
+    progress: Progress
+    checkpoints: Checkpoints
+    signals: StopSignals
+    liveness: Liveness
+    latest: dict[str, float] = field(default_factory=dict, init=False)
 
-    step = done
-    batches = iter(_loader(config, datasets.train, settings.steps, done))
-    with Progress(settings.steps, first=done, enabled=torch.distributed.get_rank() == 0) as progress:
-        for step in range(done + 1, settings.steps + 1):
-            learning_rates = {group["label"]: group["lr"] for group in engine.optimizer.param_groups}
-            with loss_scale_floor(step), monitoring.watching(step):
-                window.add(train_step(engine, objective, batches, monitoring))
-            progress.advance()
-            liveness.step_done(step)
-            if skipped := check_step(engine, step, settings):
-                progress.say(skipped)
-            check_consistency(engine, step, settings)
-            metrics, tables = monitoring.finish(step)
-            if step % settings.log_every == 0 or step == settings.steps:
-                is_first = "loss" not in latest
-                parts = distillation.take() if distillation else {}
-                metrics = window.close(step, learning_rates, parts) | metrics
-                progress.report(step, metrics)
-                if is_first:
-                    progress.say(plan.line(engine, metrics["tokens_per_second"]))
-            if metrics:
-                log(step, metrics, tables)
-            if _is_evaluation_step(config, datasets, step):
-                began = time.perf_counter()
-                held_out = _loader(config, datasets.validation, settings.eval_steps)
-                loss = evaluate(engine, loss_function, held_out)
-                window.pause(time.perf_counter() - began)
-                log(step, {"validation_loss": loss})
-                progress.say(f"step {step}: validation loss {loss:.4f}")
-            checkpoints.after_step(step, progress.say)
-            if signal := signals.received():
-                saves = config.checkpoint.save_every > 0
-                then = "saving" if saves else "and nothing is saved: checkpoint.save_every is 0"
-                progress.say(f"step {step}: received {signal}, {then}")
+    def train(self, done: int) -> int:
+        """Take the steps after the first `done`; returns the last one that was taken. Raises `TrainingStopped`."""
+        steps = self.config.train.steps
+        batches = iter(self._loader(self.datasets.train, steps, done))
+        step = done
+        for step in range(done + 1, steps + 1):
+            self._train(step, batches)
+            self._log(step)
+            self._evaluate(step)
+            self.checkpoints.after_step(step, self.progress.say)
+            if self._is_told_to_end(step):
                 break
         if step > done:
-            checkpoints.finish(step, progress.say)
-    return Trained(step, latest)
+            self.checkpoints.finish(step, self.progress.say)
+        return step
+
+    def _train(self, step: int, batches: Iterator[Batch]) -> None:
+        engine, settings = self.engine, self.config.train
+        learning_rates = {group["label"]: group["lr"] for group in engine.optimizer.param_groups}
+        objective = self.distillation or LossFunction(device())
+        with loss_scale_floor(step), self.monitoring.watching(step):
+            loss = train_step(engine, objective, batches, self.monitoring)
+        self.window.add(loss, learning_rates)
+        self.progress.advance()
+        self.liveness.step_done(step)
+        if skipped := check_step(engine, step, settings):
+            self.progress.say(skipped)
+        check_consistency(engine, step, settings)
+
+    def _log(self, step: int) -> None:
+        """Log what was observed of this step, and the figures of all since the last log line if it is time for one."""
+        settings = self.config.train
+        metrics, tables = self.monitoring.finish(step)
+        if step % settings.log_every == 0 or step == settings.steps:
+            parts = self.distillation.take() if self.distillation else {}
+            metrics = self.window.close(step, parts) | metrics
+            self.progress.report(step, metrics)
+            if "loss" not in self.latest:
+                self.progress.say(self.plan.line(self.engine, metrics["tokens_per_second"]))
+        if metrics:
+            self._write(step, metrics, tables)
+
+    def _evaluate(self, step: int) -> None:
+        """Log the loss on held-out data if it is time."""
+        settings, held_out = self.config.train, self.datasets.validation
+        is_due = settings.eval_every and (step % settings.eval_every == 0 or step == settings.steps)
+        if held_out is None or not is_due:
+            return
+        with self.window.paused():
+            loss = evaluate(self.engine, LossFunction(device()), self._loader(held_out, settings.eval_steps))
+        self._write(step, {"validation_loss": loss}, {})
+        self.progress.say(f"step {step}: validation loss {loss:.4f}")
+
+    def _write(self, step: int, metrics: Metrics, tables: Tables) -> None:
+        with self.window.paused():
+            self.sinks.write(step, metrics)
+            if tables:
+                self.sinks.write_tables(step, tables)
+        self.latest |= metrics
+        for alert in self.monitoring.alerts.check(step, metrics):
+            self.progress.say(alert)
+
+    def _is_told_to_end(self, step: int) -> bool:
+        signal = self.signals.received()
+        if signal is None:
+            return False
+        saves = self.config.checkpoint.save_every > 0
+        then = "saving" if saves else "and nothing is saved: checkpoint.save_every is 0"
+        self.progress.say(f"step {step}: received {signal}, {then}")
+        return True
+
+    def _loader(
+        self, dataset: torch.utils.data.Dataset[Batch], steps: int, done: int = 0
+    ) -> torch.utils.data.DataLoader[Batch]:
+        settings = self.config.train
+        sampler = GlobalBatchSampler(
+            num_samples=steps * settings.global_batch_size,
+            consumed_samples=done * settings.global_batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            global_batch_size=settings.global_batch_size,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+        )
+        return train_loader(dataset, sampler, num_workers=self.config.data.num_workers)
 
 
 def train_step(
@@ -125,24 +152,3 @@ def train_step(
             engine.step()
         losses.append(loss.detach())
     return torch.stack(losses).mean()
-
-
-def _is_evaluation_step(config: RunConfig, datasets: Datasets, step: int) -> bool:
-    if datasets.validation is None or config.train.eval_every == 0:
-        return False
-    return step % config.train.eval_every == 0 or step == config.train.steps
-
-
-def _loader(
-    config: RunConfig, dataset: torch.utils.data.Dataset, steps: int, done: int = 0
-) -> torch.utils.data.DataLoader:
-    settings = config.train
-    sampler = GlobalBatchSampler(
-        num_samples=steps * settings.global_batch_size,
-        consumed_samples=done * settings.global_batch_size,
-        micro_batch_size=settings.micro_batch_size,
-        global_batch_size=settings.global_batch_size,
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
-    )
-    return train_loader(dataset, sampler, num_workers=config.data.num_workers)

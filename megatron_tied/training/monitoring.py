@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from megatron_tied.engine.bank_norms import BankNorms
@@ -22,12 +22,10 @@ class Monitoring:
     """Watches the steps that `config.monitor` names. Every rank calls the same methods at the same steps.
 
     Around each step `watching`, and in it `forward`, `phase` and `before_update`; after it `finish`. `alerts` reads
-    what is logged. `constants` are figures that are logged beside every loss.
+    what is logged.
     """
 
-    def __init__(
-        self, config: RunConfig, engine: TiedMoEEngine, last_use: LastUse, constants: Mapping[str, float] | None = None
-    ):
+    def __init__(self, config: RunConfig, engine: TiedMoEEngine, last_use: LastUse):
         self._settings = config.monitor
         self._engine = engine
         self._topology = config.topology()
@@ -38,7 +36,6 @@ class Monitoring:
         self._use_sites = UseSiteGradients(engine.module)
         self._norms = None if config.offloads_to_nvme() else BankNorms(engine)
         self.alerts = Alerts(config.monitor.alerts, _watched_run(config))
-        self.constants = constants or {}
         self.step_time = StepTime()
         engine.time_reduction = lambda: self.step_time.phase("reduce")
         self._observes = self._examines = False

@@ -22,7 +22,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "clip_grad": 1.0,
     }
 }
-_FLOOR = 0.1  # of lr: what min_lr is in all of them
+_FLOOR = 0.1  # of lr: what min_lr is in all of them, where rates fall
+
+Frozen = tuple[Literal["norms"], ...]
 
 
 def with_preset(section: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -31,7 +33,7 @@ def with_preset(section: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(name, str) or name not in PRESETS:
         return section
     merged = {**PRESETS[name], **section}
-    if isinstance(rate := merged["lr"], (int, float)):
+    if isinstance(rate := merged["lr"], (int, float)) and merged["schedule"] != "constant":
         merged.setdefault("min_lr", _FLOOR * rate)
     return merged
 
@@ -67,7 +69,7 @@ class OptimizerConfig(Section):
     warmup_steps: CountFromZero = 0
     clip_grad: NonNegative = 1.0
     # What keeps the weights it begins with, and has no optimizer states; null: norms with a teacher, else nothing.
-    freeze: tuple[Literal["norms"], ...] | None = None
+    freeze: Frozen | None = None
 
     def rate_of_adamw(self) -> float:
         """The peak of what Muon leaves to AdamW."""
@@ -79,6 +81,9 @@ class OptimizerConfig(Section):
             yield Problem("optimizer.warmup_steps", self.warmup_steps, f"must be at most train.steps = {steps}")
         if self.min_lr > self.lr:
             yield Problem("optimizer.min_lr", self.min_lr, f"must be at most optimizer.lr = {self.lr}")
+        elif self.min_lr and self.schedule == "constant":
+            valid = "must be 0 with optimizer.schedule: constant, which stays at optimizer.lr"
+            yield Problem("optimizer.min_lr", self.min_lr, valid)
         after = steps - self.warmup_steps
         if self.schedule == "wsd" and not 0 < self.decay_steps <= after:
             valid = f"must be 1 to {after}, the steps after the warm-up, with optimizer.schedule: wsd"

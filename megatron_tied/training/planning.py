@@ -11,6 +11,7 @@ from megatron_tied.planner.hardware import Hardware
 from megatron_tied.planner.layout import Layout, Recompute
 from megatron_tied.planner.plan import Subject
 from megatron_tied.training.config import RunConfig
+from megatron_tied.training.vocabulary import vocabulary_size
 
 # What can be planned although it cannot be trained yet.
 _PLANNED_ONLY = frozenset({"parallel.pipeline_model_parallel_size", "checkpoint.save_every"})
@@ -81,12 +82,7 @@ def _zero_problems(zero: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> Ite
 
 def planned_subject(config: RunConfig, hardware: Hardware) -> Subject:
     """The model of `config` on `hardware`. Raises ConfigError if nothing says how large its vocabulary is."""
-    vocab_size = config.model.vocab_size
-    if vocab_size is None and config.data.tokenizer is not None:
-        from megatron_tied.data.adapters import load_tokenizer
-
-        vocab_size = load_tokenizer(config.data.tokenizer, field="data.tokenizer").vocab_size
-    return Subject(config.model, hardware, vocab_size)
+    return Subject(config.model, hardware, vocabulary_size(config))
 
 
 def _stated(zero: Mapping[str, Any], key: str, default: Any) -> Any:

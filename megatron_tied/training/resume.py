@@ -77,7 +77,7 @@ def _chosen(config: RunConfig) -> Start:
         if mode != "auto" and start.checkpoint is None:
             start = Start(_named(mode, "train.resume"), remarks=start.remarks)
     if start.checkpoint is not None:
-        return _checked(config, start)
+        return _checked(config, start.checkpoint, start.remarks)
     if config.train.init_from is None:
         return start
     weights = _named(config.train.init_from, "train.init_from")
@@ -104,8 +104,8 @@ def _automatic(config: RunConfig) -> Start:
     return Start(remarks=remarks)
 
 
-def _checked(config: RunConfig, start: Start) -> Start:
-    path, manifest = start.checkpoint
+def _checked(config: RunConfig, checkpoint: Checkpoint, remarks: list[str]) -> Start:
+    path, manifest = checkpoint
     if manifest.trainer.get("weights_only"):
         valid = f"{path} was converted and holds weights only: begin a run with them by train.init_from={path}"
         raise ConfigError(Problem("train.resume", config.train.resume, valid))
@@ -115,11 +115,11 @@ def _checked(config: RunConfig, start: Start) -> Start:
         problems.append(Problem("train.steps", config.train.steps, valid))
     if problems:
         raise ConfigError(problems)
-    remarks = [*start.remarks, f"goes on after step {manifest.step}: {path}"]
+    remarks = [*remarks, f"goes on after step {manifest.step}: {path}"]
     if (saved := manifest.run["train"]["steps"]) != config.train.steps:
         changed = f"warning: train.steps was {saved} and is {config.train.steps}"
         remarks.append(f"{changed}: learning rates and the order of samples are those of the new length")
-    return Start(start.checkpoint, remarks=[*remarks, *objective_changes(config, manifest.run)])
+    return Start(checkpoint, remarks=[*remarks, *objective_changes(config, manifest.run)])
 
 
 def _named(path: str, field_name: str) -> Checkpoint:

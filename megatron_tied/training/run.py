@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,16 +26,18 @@ from megatron_tied.training.config import RunConfig
 from megatron_tied.training.distillation import Distillation, load_teacher
 from megatron_tied.training.freezing import freeze
 from megatron_tied.training.liveness import Liveness
-from megatron_tied.training.loop import train
+from megatron_tied.training.loop import Trainer
 from megatron_tied.training.monitoring import Monitoring
 from megatron_tied.training.optimizer import build_optimizer
 from megatron_tied.training.plan_check import PlanCheck
+from megatron_tied.training.progress import Progress
 from megatron_tied.training.resume import Start
 from megatron_tied.training.schedule import lr_schedule
 from megatron_tied.training.signals import StopSignals
 from megatron_tied.training.startup import check_model, join_processes, prepare_run, split_argument
 from megatron_tied.training.state import RunState
 from megatron_tied.training.summary import overall, parameter_figures, write_summary
+from megatron_tied.training.window import Window
 
 
 def run(config: RunConfig) -> None:
@@ -60,7 +63,6 @@ def run(config: RunConfig) -> None:
 def _run(config: RunConfig, start: Start, liveness: Liveness, signals: StopSignals) -> None:
     started = time.monotonic()
     liveness.step_done(start.step)
-    directory = Path(config.train.run_dir)
     with liveness.patience():
         datasets = _datasets(config)
     teacher = load_teacher(config, start.teacher) if start.teacher is not None else None
@@ -75,33 +77,51 @@ def _run(config: RunConfig, start: Start, liveness: Liveness, signals: StopSigna
     # Of their own: the one is used while a save in the background uses the other.
     for_signals, for_saving = (torch.distributed.new_group(backend="gloo") for _ in range(2))
     is_first = torch.distributed.get_rank() == 0
-    earlier = forget_metrics_after(start.step, directory / METRICS) if is_first else {}
-    if is_first and start.step < config.train.steps:
-        (directory / SUMMARY).unlink(missing_ok=True)  # of a shorter run that goes on here
+    earlier = _forget_later(config, start) if is_first else {}
     signals.tell_all(for_signals)
+    plan = PlanCheck(config, torch.distributed.get_world_size())
+    constants = {"parameters_unique": figures["unique"], "parameters_untied": figures["untied"], **plan.metrics}
+    monitoring = Monitoring(config, engine, last_use)
     with (
         _sinks(config, figures, start.step) as sinks,
         Checkpoints.of_run(config, state, for_saving) as checkpoints,
+        Progress(config.train.steps, first=start.step, enabled=is_first) as progress,
     ):
-        plan = PlanCheck(config, torch.distributed.get_world_size())
-        constants = {"parameters_unique": figures["unique"], "parameters_untied": figures["untied"], **plan.metrics}
-        monitoring = Monitoring(config, engine, last_use, constants)
-        distillation = Distillation(config, teacher, engine.module) if teacher is not None else None
-        step, metrics = train(
-            config, engine, datasets, sinks, checkpoints, signals, liveness, monitoring, plan, start.step, distillation
+        trainer = Trainer(
+            config,
+            engine,
+            datasets,
+            distillation=Distillation(config, teacher, engine.module) if teacher is not None else None,
+            monitoring=monitoring,
+            window=Window(config, engine, constants, monitoring.step_time),
+            plan=plan,
+            sinks=sinks,
+            progress=progress,
+            checkpoints=checkpoints,
+            signals=signals,
+            liveness=liveness,
         )
+        step = trainer.train(start.step)
     seconds = time.monotonic() - started
     if step < config.train.steps:
         _say(f"stopped after step {step} of {config.train.steps}; to go on, start it again (train.resume: auto)")
     elif is_first:
-        _finish(config, figures, seconds, earlier | metrics)
+        _finish(config, figures, seconds, earlier | trainer.latest)
     # All end together: who ends early is taken for lost, with its host.
     torch.distributed.barrier(for_signals)
     # Its hooks hold it, with all its process groups, for the life of the process.
     engine.destroy()
 
 
-def _finish(config: RunConfig, figures: dict[str, int], seconds: float, metrics: dict[str, float]) -> None:
+def _forget_later(config: RunConfig, start: Start) -> dict[str, float | None]:
+    """Forget what the run has logged after `start`, a summary too; returns the last values left."""
+    directory = Path(config.train.run_dir)
+    if start.step < config.train.steps:
+        (directory / SUMMARY).unlink(missing_ok=True)  # of a shorter run that goes on here
+    return forget_metrics_after(start.step, directory / METRICS)
+
+
+def _finish(config: RunConfig, figures: dict[str, int], seconds: float, metrics: Mapping[str, float | None]) -> None:
     summary = {
         "steps": config.train.steps,
         "parameters": figures,

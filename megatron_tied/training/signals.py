@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
 import torch
+
+Handler = Callable[[int, FrameType | None], object] | int | None  # what `signal.signal` takes and returns
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -20,7 +23,7 @@ class StopSignals:
     def __init__(self) -> None:
         self._group: torch.distributed.ProcessGroup | None = None
         self._noted = 0
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Handler] = {}
 
     def tell_all(self, group: torch.distributed.ProcessGroup) -> None:
         """From now on `received` can be asked; `group` is a process group for host memory (gloo)."""
@@ -31,12 +34,13 @@ class StopSignals:
         """The name of a signal that some rank has received, the same on every rank; a collective."""
         noted = torch.tensor([self._noted])
         torch.distributed.all_reduce(noted, op=torch.distributed.ReduceOp.MAX, group=self._group)
-        if not noted.item():
+        number = int(noted.item())
+        if not number:
             return None
         # Schedulers signal more than once, and launchers pass it on late: it must not kill a run that saves and ends.
         self._before = dict.fromkeys(_SIGNALS, signal.SIG_IGN)
         self._restore()
-        return signal.Signals(noted.item()).name
+        return signal.Signals(number).name
 
     def _note_from_now_on(self, number: signal.Signals) -> None:
         self._before[number] = signal.signal(number, self._note)

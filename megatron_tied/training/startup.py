@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import uuid
@@ -11,11 +12,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_tied.data.adapters import load_tokenizer
 from megatron_tied.data.checks import check_data
 from megatron_tied.engine.groups import start_distributed
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.exchange import Json, gather_json
+from megatron_tied.exchange import gather_json
 from megatron_tied.files import write_whole
 from megatron_tied.models.gpt import transformer_config
 from megatron_tied.monitor.wandb import wandb_problem
@@ -27,6 +27,8 @@ from megatron_tied.training.config_file import save_config
 from megatron_tied.training.deepspeed_section import refused_by_deepspeed
 from megatron_tied.training.launcher import free_port
 from megatron_tied.training.resume import Start, checkpoint_directory, choose_start
+from megatron_tied.training.validation import to_json
+from megatron_tied.training.vocabulary import vocabulary_size, with_vocabulary
 
 
 def join_processes() -> None:
@@ -78,15 +80,6 @@ def split_argument(config: RunConfig) -> str | None:
     return None if data.validation is not None else ",".join(map(str, data.split))
 
 
-def with_vocabulary(config: RunConfig) -> RunConfig:
-    """The same with the tokenizer's vocabulary size where the model names none; `ConfigError` for no tokenizer."""
-    if config.model.vocab_size is not None:
-        return config
-    tokenizer = load_tokenizer(config.data.tokenizer, field="data.tokenizer")
-    model = config.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
-    return config.model_copy(update={"model": model})
-
-
 def _local_problems(config: RunConfig) -> list[Problem]:
     """What this rank's file system and its DeepSpeed say against the run."""
     data = config.data
@@ -96,7 +89,7 @@ def _local_problems(config: RunConfig) -> list[Problem]:
         split=split_argument(config),
         tokenizer=data.tokenizer,
         cache_dir=data.cache_dir,
-        vocab_size=config.model.vocab_size,
+        vocab_size=vocabulary_size(config),
         seq_length=config.train.seq_length,
     )
     wandb = config.monitor.wandb
@@ -107,16 +100,18 @@ def _local_problems(config: RunConfig) -> list[Problem]:
 
 def _agree(problems: list[Problem]) -> None:
     """Raise `ConfigError` on every rank with the problems of all, or return on every rank. A collective."""
-    everywhere = gather_json([socket.gethostname(), list(map(astuple, problems))])
-    hosts = {host for host, _ in everywhere}
-    found: list[list[Json]] = []
-    for told in (told for _, of_rank in everywhere for told in of_rank):
-        if told not in found:
-            found.append(told)
+    hosts = gather_json(socket.gethostname())
+    hosts_of: dict[str, set[str]] = {}
+    for host, told in zip(hosts, gather_json([to_json(astuple(problem)) for problem in problems]), strict=True):
+        for problem in told:
+            hosts_of.setdefault(problem, set()).add(host)
+    found = []
+    for problem, where in hosts_of.items():
+        field, value, valid = json.loads(problem)
+        suffix = "" if where == set(hosts) else f" (on {', '.join(sorted(where))})"
+        found.append(Problem(field, value, valid + suffix))
     if found:
-        where = [sorted({host for host, of_rank in everywhere if told in of_rank}) for told in found]
-        suffixes = ["" if len(named) == len(hosts) else f" (on {', '.join(named)})" for named in where]
-        raise ConfigError([Problem(*told[:2], told[2] + suffix) for told, suffix in zip(found, suffixes, strict=True)])
+        raise ConfigError(found)
 
 
 def _create_run_directory(config: RunConfig) -> list[Problem]:

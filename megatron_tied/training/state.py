@@ -39,10 +39,12 @@ class RunState:
 
     def tensors(self) -> StateDict:
         """What this rank has to save: views of the optimizer's tensors, the routers' buffers, RNG states."""
-        saved: StateDict = state_dict(fragments(self._engine), self._layout, saving=True)
-        if torch.distributed.get_rank() == 0:
-            saved |= saved_buffers(self._engine.module)
-        return saved | self._random_states()
+        buffers = saved_buffers(self._engine.module) if torch.distributed.get_rank() == 0 else {}
+        return {
+            **state_dict(fragments(self._engine), self._layout, saving=True),
+            **buffers,
+            **self._random_states(),
+        }
 
     def expected(self) -> set[str]:
         """The names of all weights, which a checkpoint must have."""
@@ -73,13 +75,13 @@ class RunState:
         names = manifest.tensors.keys()
         states = {name.partition("/")[0] for name in names} - {WEIGHT, "buffer", "rng"}
         create_optimizer_states(engine, sorted(states), manifest.trainer["optimizer"]["scalars"])
-        wanted: StateDict = state_dict(fragments(engine), self._layout, saving=False)
+        wanted = state_dict(fragments(engine), self._layout, saving=False)
         random = self._random_states()
         # With other ranks, experts on them, or devices, there is no state to go on with; dropout alone draws from it.
         same = self._is_placed_as(manifest) and all(
             name in names and manifest.tensors[name].shape == list(state.shape) for name, state in random.items()
         )
-        load({**wanted, **saved_buffers(self._engine.module), **(random if same else {})}, checkpoint)
+        load({**wanted, **saved_buffers(engine.module), **(random if same else {})}, checkpoint)
         publish_weights(engine)
         if same:
             self._set_random_states(random)

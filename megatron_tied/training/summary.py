@@ -55,7 +55,7 @@ def parameter_figures(model: torch.nn.Module, topology: TieTopology) -> dict[str
     }
 
 
-def overall(metrics: Mapping[str, float]) -> dict[str, float]:
+def overall(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
     """Those that are not of a single layer or bank, whose names end in its number."""
     return {name: value for name, value in metrics.items() if not name.rpartition("/")[2].isdigit()}
 

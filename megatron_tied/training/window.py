@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -33,22 +34,25 @@ class Window:
 
     def _start(self) -> None:
         self._losses: list[torch.Tensor] = []
+        self._learning_rates: Mapping[str, float] = {}
         self._began = time.perf_counter()
 
-    def add(self, loss: torch.Tensor) -> None:
-        """Note one step's loss on this rank, a detached scalar."""
+    def add(self, loss: torch.Tensor, learning_rates: Mapping[str, float]) -> None:
+        """Note one step's loss on this rank, a detached scalar, and its learning rates by parameter group."""
         self._losses.append(loss)
+        self._learning_rates = learning_rates
 
-    def pause(self, seconds: float) -> None:
-        """Leave `seconds` that went into something else, an evaluation or writing, out of the speed."""
-        self._began += seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What goes on in this context, an evaluation or writing, is left out of the speed."""
+        paused = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - paused
 
-    def close(
-        self, step: int, learning_rates: dict[str, float], parts: Mapping[str, float] | None = None
-    ) -> dict[str, float]:
+    def close(self, step: int, parts: Mapping[str, float]) -> dict[str, float]:
         """Means over the window's steps and all ranks, and what only the last step has. A collective.
 
-        `parts` are those of the losses that were added, `lm_loss` among them, where they are more than that.
+        `parts` are those of the losses that were added, `lm_loss` among them; empty where they are that alone.
         loss: the training objective; lm_loss: cross entropy, and its perplexity; aux_loss, z_loss: per MoE layer,
         without their coefficients; grad_norm: before clipping, last step; loss_scale: fp16's; lr: of the untied
         weights, and one `lr/...` per group; tokens: seen so far; memory_gb: peak of CUDA memory on this rank, or
@@ -68,8 +72,8 @@ class Window:
             "z_loss": moe.z_loss,
             "grad_norm": float(engine.get_global_grad_norm()),
             **({"loss_scale": engine.loss_scale_now()} if engine.fp16_enabled() else {}),
-            "lr": learning_rates["dense"],
-            **{f"lr/{label}": lr for label, lr in learning_rates.items()},
+            "lr": self._learning_rates["dense"],
+            **{f"lr/{label}": lr for label, lr in self._learning_rates.items()},
             "tokens": step * self._tokens_per_step,
             "tokens_per_second": steps * self._tokens_per_step / seconds,
             "step_seconds": seconds / steps,

@@ -329,6 +329,11 @@ def test_bad_ds_config_file(config_file: Path, tmp_path: Path, content: str, mes
             "optimizer.min_lr = 1.0: must be at most optimizer.lr = 0.1",
         ),
         (
+            ["optimizer.min_lr=1e-5", "optimizer.schedule=constant"],
+            "optimizer.min_lr = 1e-05: must be 0 with optimizer.schedule: constant",
+        ),
+        (["tie.share=all"], "tie.share = 'all': must be experts where no layers are tied: see tie.group_size"),
+        (
             ["train.seq_length=65", "model.max_position_embeddings=64"],
             "train.seq_length = 65: must be at most model.max_position_embeddings = 64",
         ),
@@ -401,6 +406,8 @@ def test_all_problems_of_content_are_told_at_once(config_file: Path):
         ["train.seq_length=64", "model.max_position_embeddings=64"],
         ["model.vocab_size=null", "data.tokenizer=corpus.model"],
         ["parallel.expert_model_parallel_size=2", "tie.num_tied_experts=18", "tie.group_size=4"],
+        ["optimizer.preset=tying_the_loop", "optimizer.schedule=constant"],
+        ["tie.share=all", "tie.group_size=4"],
         ["model.delay_wgrad_compute=false", "model.moe_router_dtype=fp32", "model.moe_input_jitter_eps=1e-3"],
     ],
 )

@@ -126,20 +126,20 @@ def test_speed_counts_training_alone(monkeypatch: pytest.MonkeyPatch):
     window = Window(config, Engine(), {"planned_states_gb": 2.5}, StepTime())
     for seconds in (3.0, 5.0):
         clock.now += seconds
-        window.add(torch.tensor(seconds))
-    metrics = window.close(2, {"dense": 0.5, "experts_lr_div_2": 0.25})
+        window.add(torch.tensor(seconds), {"dense": 2 / seconds, "experts_lr_div_2": 1 / seconds})
+    metrics = window.close(2, {})
     assert (metrics["lm_loss"], metrics["loss"], metrics["tokens"]) == (4.0, 4.0, 400)
     assert metrics["perplexity"] == pytest.approx(math.exp(4.0))
     assert (metrics["step_seconds"], metrics["tokens_per_second"]) == (4.0, 50.0)
     assert metrics["eta_seconds"] == 998 * 4.0
     assert metrics["time/other"] == 4.0
     assert metrics["memory_fullest_gb"] == pytest.approx(metrics["memory_gb"])
-    assert (metrics["lr"], metrics["lr/experts_lr_div_2"]) == (0.5, 0.25)
+    assert (metrics["lr"], metrics["lr/experts_lr_div_2"]) == (0.4, 0.2)
     assert (metrics["states_gb"], metrics["planned_states_gb"]) == (3.0, 2.5)
 
-    clock.now += 60.0
-    window.pause(60.0)  # an evaluation
+    with window.paused():
+        clock.now += 60.0
     clock.now += 2.0
-    window.add(torch.tensor(1.0))
-    metrics = window.close(3, {"dense": 0.5})
+    window.add(torch.tensor(1.0), {"dense": 0.5})
+    metrics = window.close(3, {})
     assert (metrics["lm_loss"], metrics["tokens"], metrics["step_seconds"]) == (1.0, 600, 2.0)

@@ -39,7 +39,7 @@ def test_a_constant_rate():
 
 
 def test_a_rate_that_stays_at_its_peak():
-    optimizer = OptimizerConfig(lr=0.3, min_lr=0.1, warmup_steps=2, schedule="constant")
+    optimizer = OptimizerConfig(lr=0.3, warmup_steps=2, schedule="constant")
     assert [lr_factor(step, 7, optimizer) for step in range(9)] == [0.5, *[1.0] * 8]
 
 
