@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_tied.errors import ConfigError, Problem
 
@@ -21,7 +21,7 @@ def check_place(path: Path | None) -> None:
         raise ConfigError(Problem("--json", str(path), "must be a file that can be written"))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> bool:
+def write_json(path: Path, content: Mapping[str, object]) -> bool:
     """Write `content`; whether that went well, and if not, the reason is told."""
     try:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -32,7 +32,8 @@ class MegatronTiedLM(TemplateLM):
     `max_length` is how many tokens the model is given at once (default: the training's), `precision` fp32, bf16 or fp16
     (default: the training's), `tokenizer` stands in for the training's. What comes before an empty context is
     `prefix_token_id`: by default the separator that ends documents, as prepare-data puts it before the next one.
-    `device` names one of several GPUs. Raises `ConfigError`, before a weight is read, for what does not fit.
+    `device` names one of several GPUs; `max_batch_size`, which the harness gives every model, changes nothing. Raises
+    `ConfigError`, before a weight is read, for what does not fit.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class MegatronTiedLM(TemplateLM):
             tokens = [*(context or [self._prefix]), *predicted][-self._max_length - 1 :]
             texts.append(Text(tokens, len(predicted)))
         scores = score(self._model, texts, batch_size=self._batch_size)
-        return [(result.log_likelihood, result.is_greedy) for result in scores]
+        return [(found.log_likelihood, found.is_greedy) for found in scores]
 
 
 def _tokenizer(found: TrainedModel, given: str | None) -> Tokenizer:

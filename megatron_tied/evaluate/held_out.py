@@ -40,7 +40,7 @@ def held_out_losses(
     seq_length: int,
     micro_batch_size: int,
     is_launched: bool,
-    expert_model_parallel_size: int = 1,
+    expert_model_parallel_size: int,
 ) -> list[HeldOutLoss]:
     """Load the model and give its loss on each domain, on every rank alike; a collective of what was launched."""
     with _ranks(expert_model_parallel_size) if is_launched else one_process():

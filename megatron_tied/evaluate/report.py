@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -14,9 +14,28 @@ from megatron_tied.evaluate.held_out import HeldOutLoss
 from megatron_tied.inference.loading import TrainedModel
 
 
+class OnDomain(TypedDict):
+    """How well the tokens of one data set are predicted; `loss` is a mean in nats."""
+
+    data: str
+    tokens: int
+    loss: float
+    perplexity: float
+
+
+class Evaluation(TypedDict):
+    """What `--json` writes."""
+
+    checkpoint: str
+    step: int
+    precision: str
+    seq_length: int
+    domains: dict[str, OnDomain]
+
+
 def as_json(
     found: TrainedModel, domains: Sequence[Domain], losses: Sequence[HeldOutLoss], *, seq_length: int
-) -> dict[str, Any]:
+) -> Evaluation:
     """Everything that was found, and on what."""
     return {
         "checkpoint": str(found.path),
@@ -35,7 +54,7 @@ def as_json(
     }
 
 
-def report(content: dict[str, Any], *, tokenizer_is_known: bool) -> RenderableType:
+def report(content: Evaluation, *, tokenizer_is_known: bool) -> RenderableType:
     """What `as_json` gives, as a table."""
     table = Table("domain", box=None, pad_edge=False, header_style="bold")
     for name in ("tokens", "loss", "perplexity"):

@@ -54,9 +54,7 @@ def logits(model: torch.nn.Module, sequences: Sequence[Tokens]) -> torch.Tensor:
     """
     rows = [torch.tensor(sequence) for sequence in sequences]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device())
-    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    found: torch.Tensor = model(tokens, places, None)
-    return found
+    return model(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens), None)
 
 
 def _score(text: Text, output: torch.Tensor) -> Score:

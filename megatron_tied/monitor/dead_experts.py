@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TypedDict
 
 import torch
+
+
+class SavedUse(TypedDict):
+    """A `LastUse` in JSON types: the last observed step, and by layer the last step of each expert."""
+
+    observed: int
+    steps: dict[str, list[int]]
 
 
 class LastUse:
@@ -36,11 +43,11 @@ class LastUse:
         last = torch.stack([self._steps[layer] for layer in layers]).amax(0)
         return (step - last >= window).double().mean().item()
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
+    def to_dict(self) -> SavedUse:
+        """What `restore` takes."""
         return {"observed": self._observed, "steps": {str(layer): of.tolist() for layer, of in self._steps.items()}}
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
+    def restore(self, saved: SavedUse) -> None:
         """Go on from what `to_dict` returned."""
         self._observed = saved["observed"]
         self._steps = {int(layer): torch.tensor(steps) for layer, steps in saved["steps"].items()}

@@ -27,7 +27,7 @@ class WandbSink:
     `directory`. Neither code nor output is uploaded.
     """
 
-    def __init__(self, settings: Mapping[str, Any], directory: Path, description: RunDescription, done: int = 0):
+    def __init__(self, settings: Mapping[str, str | None], directory: Path, description: RunDescription, done: int = 0):
         self._warned = False
         self._wandb: Any = None
         self._run: Any = None
@@ -48,7 +48,9 @@ class WandbSink:
         if self._run is not None:
             self._guarded(self._run.finish)
 
-    def _begin(self, settings: Mapping[str, Any], directory: Path, description: RunDescription, done: int) -> None:
+    def _begin(
+        self, settings: Mapping[str, str | None], directory: Path, description: RunDescription, done: int
+    ) -> None:
         import wandb
 
         self._wandb = wandb
@@ -88,7 +90,7 @@ class WandbSink:
             self._warned = True
 
 
-def wandb_problem(settings: Mapping[str, Any]) -> Problem | None:
+def wandb_problem(settings: Mapping[str, str | None]) -> Problem | None:
     """What is wrong with asking for Weights & Biases on this host, if anything."""
     if find_spec("wandb") is not None:
         return None

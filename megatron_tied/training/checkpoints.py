@@ -18,28 +18,23 @@ from megatron_tied.training.state import RunState
 class Checkpoints:
     """The checkpoints of one run. Every rank calls the same methods after the same steps.
 
-    A context manager: on leaving, what is being written is finished, but for Ctrl-C.
+    `group` is a process group for host memory (gloo) that nobody else uses. A context manager: on leaving, what is
+    being written is finished, but for Ctrl-C.
     """
 
-    def __init__(self, config: RunConfig, state: RunState, saver: Saver):
+    def __init__(self, config: RunConfig, state: RunState, group: torch.distributed.ProcessGroup):
+        settings = config.checkpoint
         self._config = config
         self._state = state
-        self._saver = saver
-        self._saved = 0
-        self._failure: str | None = None
-
-    @classmethod
-    def of_run(cls, config: RunConfig, state: RunState, group: torch.distributed.ProcessGroup) -> Checkpoints:
-        """As `config.checkpoint` says; `group` is for host memory, and used by nobody else."""
-        settings = config.checkpoint
-        saver = Saver(
+        self._saver = Saver(
             checkpoint_directory(config),
             group,
             in_background=settings.async_save,
             keep_last=settings.keep_last,
             keep_every=settings.keep_every,
         )
-        return cls(config, state, saver)
+        self._saved = 0
+        self._failure: str | None = None
 
     def after_step(self, step: int, say: Callable[[str], None]) -> None:
         """Save if it is time. A failure is shown, and training goes on: the checkpoints before are untouched."""

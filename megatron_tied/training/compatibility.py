@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
+from megatron_tied.checkpoint.loader import Checkpoint
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.config import TRAINING_ONLY_FIELDS
 from megatron_tied.training.config import RunConfig
@@ -14,36 +14,36 @@ from megatron_tied.training.config_file import parse_config
 _DATA_KEYS = (("train", "seq_length"), ("train", "global_batch_size"), ("train", "seed"))
 
 
-def same_model_problems(config: RunConfig, saved: Mapping[str, Any], checkpoint: str) -> list[Problem]:
-    """Why the weights of a run with the config `saved` are not those of this run's model. Raises `ConfigError`."""
-    other = _parsed(saved, checkpoint)
-    return [*_model_problems(config, other, checkpoint), *_tie_problems(config, other, checkpoint)]
+def config_of(checkpoint: Checkpoint) -> RunConfig:
+    """The config that `checkpoint` was written with. Raises `ConfigError` where it is not valid here."""
+    try:
+        return parse_config(checkpoint.manifest.run)
+    except ConfigError as error:
+        valid = f"was written with a config that is not valid here: {error}"
+        raise ConfigError(Problem(str(checkpoint.path), None, valid)) from None
 
 
-def teacher_problems(config: RunConfig, saved: Mapping[str, Any], checkpoint: str) -> list[Problem]:
-    """Why a run with the config `saved` is no teacher for this one; its banks may be others. Raises `ConfigError`."""
-    return list(_model_problems(config, _parsed(saved, checkpoint), checkpoint))
+def same_model_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> list[Problem]:
+    """Why the weights of a run with the config `other` are not those of this run's model."""
+    return [*teacher_problems(config, other, checkpoint), *_tie_problems(config, other, checkpoint)]
 
 
-def resume_problems(config: RunConfig, saved: Mapping[str, Any], checkpoint: str) -> list[Problem]:
-    """Why a run with the config `saved` cannot be gone on with by this one: another model, or another order of data.
+def resume_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> list[Problem]:
+    """Why a run with the config `other` cannot be gone on with by this one: another model, or another order of data.
 
     The number of ranks and how the model is spread over them, the ZeRO stage, offload, precision, learning rates and
-    whatever is only watched or written may all change. Raises `ConfigError`.
+    whatever is only watched or written may all change.
     """
-    if problems := same_model_problems(config, saved, checkpoint):
-        return problems
-    other = parse_config(saved)
-    return [
+    return same_model_problems(config, other, checkpoint) or [
         *_data_problems(config, other, checkpoint),
         *_freeze_problems(config, other, checkpoint),
         *_optimizer_problems(config, other, checkpoint),
     ]
 
 
-def objective_changes(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
-    """Lines on what a run learns from, where that is not as in the config `saved`, which it goes on from."""
-    ours, theirs = config.distill, parse_config(saved).distill
+def objective_changes(config: RunConfig, other: RunConfig) -> list[str]:
+    """Lines on what a run learns from, where that is not as in the config `other`, which it goes on from."""
+    ours, theirs = config.distill, other.distill
     return [
         f"warning: distill.{key} was {getattr(theirs, key)!r} and is {getattr(ours, key)!r}: losses from here on are "
         f"of another objective"
@@ -52,15 +52,8 @@ def objective_changes(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _parsed(saved: Mapping[str, Any], checkpoint: str) -> RunConfig:
-    try:
-        return parse_config(saved)
-    except ConfigError as error:
-        valid = f"was written with a config that is not valid here: {error}"
-        raise ConfigError(Problem(checkpoint, None, valid)) from None
-
-
-def _model_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> Iterator[Problem]:
+def teacher_problems(config: RunConfig, other: RunConfig, checkpoint: str) -> Iterator[Problem]:
+    """Why a run with the config `other` is no teacher for this one; its banks may be others."""
     ours, theirs = config.model.model_dump(), other.model.model_dump()
     for key in sorted((ours.keys() | theirs.keys()) - TRAINING_ONLY_FIELDS):
         if ours.get(key) != theirs.get(key):

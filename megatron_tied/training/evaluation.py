@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class LossFunction:
     def __init__(self, device: torch.device):
         self._device = device
 
-    def __call__(self, engine: TiedMoEEngine, batch: Batch) -> torch.Tensor:
+    def __call__(self, engine: Callable[..., torch.Tensor], batch: Batch) -> torch.Tensor:
         """A scalar that `engine.backward` takes."""
         inputs = self.inputs(batch)
         return inputs.mean(engine(inputs.tokens, inputs.position_ids, None, labels=inputs.labels).float())

@@ -19,10 +19,10 @@ import torch
 
 from megatron_tied.errors import ConfigError, Problem, TrainingStopped
 from megatron_tied.exchange import gather_json
+from megatron_tied.training.heartbeat_thread import CONNECT_SECONDS, HeartbeatThread
 from megatron_tied.training.heartbeats import Place, connect, listen
 from megatron_tied.training.lost_ranks import Loss, last_line, tell
 from megatron_tied.training.signals import Handler
-from megatron_tied.training.watch import CONNECT_SECONDS, Watch
 
 # What ends a run on all ranks alike, or is told by the one who pressed Ctrl-C.
 _POLITE = (ConfigError, TrainingStopped, KeyboardInterrupt, SystemExit)
@@ -39,44 +39,44 @@ class Liveness:
         self._timeout = timeout
         self._run_dir = run_dir
         self._step = 0
-        self._watch: Watch | None = None
+        self._thread: HeartbeatThread | None = None
         self._before: Handler = signal.SIG_DFL
 
     def step_done(self, step: int) -> None:
         """Note `step` as the last one that this rank has done."""
         self._step = step
-        if self._watch is not None:
-            self._watch.step_done(step)
+        if self._thread is not None:
+            self._thread.step_done(step)
 
     @contextlib.contextmanager
     def patience(self) -> Iterator[None]:
         """While entered, by all ranks at once, silence counts late: what holds Python's lock for long sends nothing."""
-        if self._watch is None:
+        if self._thread is None:
             yield
             return
-        self._watch.be_patient(True)
+        self._thread.be_patient(True)
         try:
             yield
         finally:
-            self._watch.be_patient(False)
+            self._thread.be_patient(False)
 
     def __enter__(self) -> Self:
         if self._timeout and torch.distributed.get_world_size() > 1:
-            self._watch = _start_watch(self._timeout, self._run_dir)
+            self._thread = _start_thread(self._timeout, self._run_dir)
             self._before = signal.signal(signal.SIGTERM, self._terminate)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        watch = self._watch
+        thread = self._thread
         failure = None if isinstance(error, _POLITE) else error
-        if watch is not None and failure is not None:
-            watch.fail(failure)
-        elif watch is not None:
+        if thread is not None and failure is not None:
+            thread.fail(failure)
+        elif thread is not None:
             if signal.getsignal(signal.SIGTERM) == self._terminate:
                 signal.signal(signal.SIGTERM, self._before)
-            watch.leave()
+            thread.leave()
         elif failure is not None:
             told = {torch.distributed.get_rank(): Loss("failed", last_line(failure), self._step)}
             is_alone = torch.distributed.get_world_size() == 1
@@ -84,12 +84,12 @@ class Liveness:
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         """A launcher ends its other ranks within a second of one's death: what has happened is to be told first."""
-        if self._watch is None or not self._watch.is_ending:
+        if self._thread is None or not self._thread.is_ending:
             signal.signal(number, self._before)
             signal.raise_signal(number)
 
 
-def _start_watch(timeout: float, run_dir: Path) -> Watch:
+def _start_thread(timeout: float, run_dir: Path) -> HeartbeatThread:
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     listener, place, connection, failure = None, None, None, None
     if rank == 0:
@@ -109,10 +109,10 @@ def _start_watch(timeout: float, run_dir: Path) -> Watch:
     if failures := [failure for failure in gather_json(failure) if failure]:
         valid = f"needs a TCP port of the first rank's host that all ranks reach, or 0 to do without; {failures[0]}"
         raise ConfigError(Problem("train.liveness_timeout", timeout, valid))
-    watch = Watch(rank, hosts, timeout, run_dir)
+    thread = HeartbeatThread(rank, hosts, timeout, run_dir)
     if listener is not None and place is not None:
-        watch.listen_to(range(1, ranks), listener, place.secret)
+        thread.listen_to(range(1, ranks), listener, place.secret)
     if connection is not None:
-        watch.listen_on(0, connection)
-    watch.start()
-    return watch
+        thread.listen_on(0, connection)
+    thread.start()
+    return thread

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -134,8 +136,27 @@ class Trainer:
         return train_loader(dataset, sampler, num_workers=self.config.data.num_workers)
 
 
+class Trainable(Protocol):
+    """What a step asks of an engine; DeepSpeed's have it."""
+
+    def gradient_accumulation_steps(self) -> int: ...
+    def backward(self, loss: torch.Tensor) -> object: ...
+    def step(self) -> object: ...
+
+
+class Watch(Protocol):
+    """What a step tells of itself; see `Monitoring`."""
+
+    def forward(self) -> AbstractContextManager[None]: ...
+    def phase(self, name: str) -> AbstractContextManager[None]: ...
+    def before_update(self) -> None: ...
+
+
+_Engine = TypeVar("_Engine", bound=Trainable)
+
+
 def train_step(
-    engine: TiedMoEEngine, objective: LossFunction | Distillation, batches: Iterator[Batch], monitoring: Monitoring
+    engine: _Engine, objective: Callable[[_Engine, Batch], torch.Tensor], batches: Iterator[Batch], monitoring: Watch
 ) -> torch.Tensor:
     """One optimizer step over its micro-batches; returns their mean loss on this rank, detached."""
     losses = []

@@ -11,6 +11,7 @@ from megatron_tied.checkpoint.manifest import BrokenCheckpointError
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.run_directory import CHECKPOINTS, METRICS, SUMMARY
 from megatron_tied.training.compatibility import (
+    config_of,
     objective_changes,
     resume_problems,
     same_model_problems,
@@ -59,7 +60,7 @@ def _with_teacher(config: RunConfig, start: Start) -> Start:
     if config.distill.teacher is None:
         return start
     teacher = _named(config.distill.teacher, "distill.teacher")
-    if problems := teacher_problems(config, teacher.manifest.run, str(teacher.path)):
+    if problems := list(teacher_problems(config, config_of(teacher), str(teacher.path))):
         raise ConfigError(problems)
     return replace(start, teacher=teacher, remarks=[*start.remarks, f"learns from {teacher.path}"])
 
@@ -81,7 +82,7 @@ def _chosen(config: RunConfig) -> Start:
     if config.train.init_from is None:
         return start
     weights = _named(config.train.init_from, "train.init_from")
-    if problems := same_model_problems(config, weights.manifest.run, str(weights.path)):
+    if problems := same_model_problems(config, config_of(weights), str(weights.path)):
         raise ConfigError(problems)
     return Start(weights=weights, remarks=[*start.remarks, f"begins with the weights of {weights.path}"])
 
@@ -109,17 +110,18 @@ def _checked(config: RunConfig, checkpoint: Checkpoint, remarks: list[str]) -> S
     if manifest.trainer.get("weights_only"):
         valid = f"{path} was converted and holds weights only: begin a run with them by train.init_from={path}"
         raise ConfigError(Problem("train.resume", config.train.resume, valid))
-    problems = resume_problems(config, manifest.run, str(path))
+    saved = config_of(checkpoint)
+    problems = resume_problems(config, saved, str(path))
     if manifest.step > config.train.steps:
         valid = f"must be at least {manifest.step}, the step of {path}"
         problems.append(Problem("train.steps", config.train.steps, valid))
     if problems:
         raise ConfigError(problems)
     remarks = [*remarks, f"goes on after step {manifest.step}: {path}"]
-    if (saved := manifest.run["train"]["steps"]) != config.train.steps:
-        changed = f"warning: train.steps was {saved} and is {config.train.steps}"
+    if saved.train.steps != config.train.steps:
+        changed = f"warning: train.steps was {saved.train.steps} and is {config.train.steps}"
         remarks.append(f"{changed}: learning rates and the order of samples are those of the new length")
-    return Start(checkpoint, remarks=[*remarks, *objective_changes(config, manifest.run)])
+    return Start(checkpoint, remarks=[*remarks, *objective_changes(config, saved)])
 
 
 def _named(path: str, field_name: str) -> Checkpoint:

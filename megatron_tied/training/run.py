@@ -84,7 +84,7 @@ def _run(config: RunConfig, start: Start, liveness: Liveness, signals: StopSigna
     monitoring = Monitoring(config, engine, last_use)
     with (
         _sinks(config, figures, start.step) as sinks,
-        Checkpoints.of_run(config, state, for_saving) as checkpoints,
+        Checkpoints(config, state, for_saving) as checkpoints,
         Progress(config.train.steps, first=start.step, enabled=is_first) as progress,
     ):
         trainer = Trainer(
@@ -104,7 +104,9 @@ def _run(config: RunConfig, start: Start, liveness: Liveness, signals: StopSigna
         step = trainer.train(start.step)
     seconds = time.monotonic() - started
     if step < config.train.steps:
-        _say(f"stopped after step {step} of {config.train.steps}; to go on, start it again (train.resume: auto)")
+        way_on = "to go on, start it again (train.resume: auto)"
+        then = way_on if config.checkpoint.save_every else "nothing is saved: started again it begins anew"
+        _say(f"stopped after step {step} of {config.train.steps}; {then}")
     elif is_first:
         _finish(config, figures, seconds, earlier | trainer.latest)
     # All end together: who ends early is taken for lost, with its host.

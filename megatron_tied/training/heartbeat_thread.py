@@ -36,7 +36,7 @@ class _Member:
     has_left: bool = False
 
 
-class Watch(threading.Thread):
+class HeartbeatThread(threading.Thread):
     """The thread of one rank: the first listens to all others, they listen to the first."""
 
     def __init__(self, rank: int, hosts: Sequence[str], timeout: float, run_dir: Path):
@@ -59,7 +59,7 @@ class Watch(threading.Thread):
         self._sockets = [self._wake, woken]
         self._selector.register(woken, selectors.EVENT_READ, lambda: self._woken(woken))
         # A copy in a process that loads data would keep connections open when this one is killed.
-        multiprocessing.util.register_after_fork(self, Watch._close_all)
+        multiprocessing.util.register_after_fork(self, HeartbeatThread._close_all)
 
     # ---- called by the main thread
 
