@@ -29,8 +29,8 @@ class Kernels(NamedTuple):
     adding_product: bool
 
 
-UNFUSED = Kernels(False, False, False, True)
-FUSED = Kernels(True, True, True, False)
+UNFUSED = Kernels(fused_attention=False, fused_norm=False, fused_activation=False, adding_product=True)
+FUSED = Kernels(fused_attention=True, fused_norm=True, fused_activation=True, adding_product=False)
 
 # What each of Megatron-Core's recompute_modules leaves out, by the names of `LayerActivations.saved`.
 _LEFT_OUT: Mapping[str, tuple[str, ...]] = {
@@ -73,7 +73,7 @@ def busiest(model: ModelConfig, layout: Layout) -> float:
     with padding every expert gets that.
     """
     extra = model.model_extra or {}
-    capacity = extra.get("moe_expert_capacity_factor")
+    capacity: float | None = extra.get("moe_expert_capacity_factor")
     if capacity is not None and extra.get("moe_pad_expert_input_to_capacity"):
         return capacity
     imbalance = layout.imbalance if layout.expert_parallel > 1 else 1.0

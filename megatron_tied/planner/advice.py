@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_tied.errors import ConfigError
-from megatron_tied.planner.layout import Layout
+from megatron_tied.planner.layout import Layout, Recompute
 from megatron_tied.planner.plan import Plan, Subject, gigabytes
 from megatron_tied.planner.search import RECOMPUTE
 from megatron_tied.topology import TieConfig
@@ -75,10 +75,10 @@ def _neighbours(tie: TieConfig, layout: Layout) -> Iterator[tuple[str, TieConfig
         yield "deepspeed.zero_optimization.offload_optimizer.device=cpu", tie, offload
 
 
-def _recompute_keys(recompute: object) -> str:
-    text = str(recompute)
-    if text == "none":
+def _recompute_keys(recompute: Recompute) -> str:
+    if recompute.method is not None:
+        how = f"model.recompute_method={recompute.method} model.recompute_num_layers={recompute.num_layers}"
+        return f"model.recompute_granularity=full {how}"
+    if not recompute.modules:
         return "model.recompute_granularity=null"
-    if text == "full":
-        return "model.recompute_granularity=full model.recompute_method=uniform model.recompute_num_layers=1"
-    return f"model.recompute_granularity=selective model.recompute_modules=[{text}]"
+    return f"model.recompute_granularity=selective model.recompute_modules=[{','.join(sorted(recompute.modules))}]"

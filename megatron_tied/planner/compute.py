@@ -1,4 +1,4 @@
-"""Floating point operations of training, per token, and the expert weights that a rank must read."""
+"""Floating point operations of training, per token."""
 
 from __future__ import annotations
 

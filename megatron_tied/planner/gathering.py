@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from megatron_tied.planner.layout import Layout
-from megatron_tied.planner.sharding import local_elements, local_size
+from megatron_tied.planner.sharding import bank_elements, local_elements, local_size
 from megatron_tied.planner.tensors import Tensor
 from megatron_tied.topology import TieTopology
 
@@ -44,7 +44,7 @@ def gathering(tensors: Sequence[Tensor], topology: TieTopology, layout: Layout) 
     gathered, kept = {False: 0, True: 0}, {False: 0, True: 0}
     after = kept_at_turn = largest_end = largest = 0
     # A bank's tensors belong to one module, so they stay or go together.
-    for bank, module in groupby(reversed(placed), key=lambda tensor: tensor.bank if tensor.is_expert else None):
+    for bank, module in groupby(reversed(placed), key=lambda tensor: tensor.expert_bank):
         at_module, is_bank = after, bank is not None
         for tensor in module:
             elements = local_elements(tensor, layout)
@@ -71,7 +71,8 @@ def _in_order_of_last_use(tensors: Sequence[Tensor], topology: TieTopology) -> l
     last_use = {
         bank.index: max((layer for layer in bank.layers if layer in layers), default=None) for bank in topology.banks
     }
-    first, last = [], []
+    first: list[Tensor] = []
+    last: list[Tensor] = []
     inside: dict[int, list[Tensor]] = {}
     for tensor in tensors:
         where = tensor.layer if tensor.bank is None else last_use[tensor.bank]
@@ -100,10 +101,7 @@ def _reuse_distance(
     """The user's; else as `engine.zero3.bank_reuse_distance` sets it; DeepSpeed's own without ties."""
     if layout.max_reuse_distance is not None:
         return layout.max_reuse_distance
-    of_bank = {bank.index: 0 for bank in topology.banks}
-    for tensor in tensors:
-        if tensor.is_expert:
-            of_bank[tensor.bank] += local_elements(tensor, layout)
+    of_bank = bank_elements(tensors, layout)
     distances = []
     for bank in topology.banks:
         for earlier, later in zip(bank.layers, bank.layers[1:], strict=False):

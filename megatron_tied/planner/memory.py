@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.planner.activations import (
-    FUSED,
     Kernels,
     LayerActivations,
     layer_activations,
@@ -31,6 +30,9 @@ class Reserve:
 
     fixed: int = 0
     share: float = 0.0
+
+
+_NO_RESERVE = Reserve()
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ def memory_plan(
     layout: Layout,
     *,
     vocab_size: int,
-    kernels: Kernels = FUSED,
-    reserve: Reserve | None = None,
+    kernels: Kernels,
+    reserve: Reserve = _NO_RESERVE,
     states: Sequence[ModelStates] | None = None,
 ) -> MemoryPlan:
     """The memory of the fullest rank. `states` per pipeline stage may be given where they are known already.
@@ -119,9 +121,8 @@ class _Stage:
             self.activations[layer] = kinds[experts]
         self.loss = loss_activations(model, layout, vocab_size, kernels)
         self.is_last = layers.stop == model.num_layers
-        self.gradients = states.layer_gradients
 
-    def plan(self, stage: int, reserve: Reserve | None) -> MemoryPlan:
+    def plan(self, stage: int, reserve: Reserve) -> MemoryPlan:
         """The highest of two points: somewhere in backward, or the optimizer's update."""
         layout, states = self.layout, self.states
         buffers = self._buffers()
@@ -131,7 +132,6 @@ class _Stage:
             activations, step_extra, buffers = 0, at_update - states.device, 0
         else:
             activations, step_extra = peak - states.device - buffers, 0
-        reserve = reserve or Reserve()
         tensors = states.device + activations + buffers + step_extra
         return MemoryPlan(states, activations, buffers, step_extra, int(reserve.fixed + reserve.share * tensors), stage)
 
@@ -151,24 +151,26 @@ class _Stage:
         if self.is_last:
             highest += self.loss.saved + self.loss.extra
             saved += self.loss.saved
-        waiting: dict[int, int] = {}
+        waiting: dict[Bank, int] = {}
         for layer in reversed(self.layers):
             one = self.activations[layer]
-            gradients += self.gradients.get(layer, 0) if grows else 0
+            gradients += self.states.layer_gradients[layer] if grows else 0
             # The loss's own go when the last layer's backward begins.
             saved -= self.loss.saved if self.is_last and layer == self.layers[-1] else 0
-            bank = self.topology.bank_of_layer[layer]
-            if bank is not None and self._fuses(self.topology.banks[bank]):
+            bank = self._bank(layer)
+            if bank is not None and self._fuses(bank):
                 waiting[bank] = waiting.get(bank, 0) + one.weight_gradient_inputs
             again = recomputed(self.activations, layer, recompute, total)
             now = below + saved + gradients + again + one.backward + sum(waiting.values()) + self._fresh(layer)
-            if is_owner := bank is not None and layer == self.topology.banks[bank].owner:
-                now += self._concatenated(bank) if bank in waiting else 0
+            if bank in waiting and layer == bank.owner:
+                now += self._concatenated(bank)
+                del waiting[bank]
             highest = max(highest, now)
             saved -= kept[layer]
-            if is_owner:
-                waiting.pop(bank, None)
         return highest
+
+    def _bank(self, layer: int) -> Bank | None:
+        return None if self.topology.bank_of_layer[layer] is None else self.topology.bank(layer)
 
     def _fuses(self, bank: Bank) -> bool:
         if self.model.expert_backend != "grouped":
@@ -176,12 +178,11 @@ class _Stage:
         experts = self.topology.num_experts(bank, self.model.num_moe_experts) // self.layout.expert_parallel
         return self.topology.fuses_weight_gradient(bank, routed_tokens(self.model, self.layout) / experts)
 
-    def _concatenated(self, bank: int) -> int:
+    def _concatenated(self, bank: Bank) -> int:
         """Bytes of the copy of all its layers' tokens that a bank's weight gradient is made of in one product."""
         if self.kernels.adding_product:
             return 0
-        layers = [layer for layer in self.topology.banks[bank].layers if layer in self.layers]
-        return sum(self.activations[layer].largest_gradient_inputs for layer in layers)
+        return sum(self.activations[layer].largest_gradient_inputs for layer in bank.layers if layer in self.layers)
 
     def _kept(self, layer: int) -> int:
         recompute = self.layout.recompute
@@ -194,28 +195,27 @@ class _Stage:
     def _fresh(self, layer: int) -> int:
         """Bytes of weight gradients and copies at work in a layer's backward beside the gradients that stay."""
         layout, states = self.layout, self.states
-        bank = self.topology.bank_of_layer[layer]
+        bank = self._bank(layer)
         if bank is None:
             return 0
-        collects = self.topology.banks[bank].is_tied
-        if self._fuses(self.topology.banks[bank]):
-            # The whole gradient is made once, at the owner, as an untied layer's is.
-            collects = False
-            if not self.topology.is_owner(layer):
-                return 0
+        # A fused gradient is made once, at the owner, as an untied layer's is.
+        fuses = self._fuses(bank)
+        if fuses and layer != bank.owner:
+            return 0
+        collects = bank.is_tied and not fuses
         grows = layout.zero_stage < 2 and layout.accumulation == 1
         # The largest of a bank's products; the others are made after it has been added or reduced.
-        experts = self.topology.num_experts(layer, self.model.num_moe_experts)
-        weights = bank_tensors(self.model, self.topology.banks[bank], experts)
+        experts = self.topology.num_experts(bank, self.model.num_moe_experts)
+        weights = bank_tensors(self.model, bank, experts)
         product = 0 if grows and not collects else max(local_size(tensor, layout) for tensor in weights)
         # The sum over the uses so far.
-        collected = states.banks[bank] if collects and not grows else 0
+        collected = states.banks[bank.index] if collects and not grows else 0
         if layout.zero_stage < 2 or layout.expert_data_parallel == 1:
             return (product + collected) * layout.width
         # What is reduced is made flat first: of a tied bank that is its sum, when the last product has gone into it.
         made = product if collects else 2 * product
         # At stage 3 what is gathered has come in one flat piece.
-        fetched = states.banks[bank] if layout.zero_stage == 3 else 0
+        fetched = states.banks[bank.index] if layout.zero_stage == 3 else 0
         return (max(made, fetched) + collected) * layout.width
 
     def _buffers(self) -> int:

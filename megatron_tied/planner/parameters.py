@@ -81,8 +81,8 @@ def count_parameters(model: ModelConfig, topology: TieTopology, vocab_size: int 
     shared_again = 0
     for tensor in model_tensors(model, topology, vocab_size):
         found[tensor.kind] += tensor.numel * tensor.copies
-        if tensor.is_expert:
-            banks[tensor.bank] += tensor.numel * tensor.copies
+        if tensor.expert_bank is not None:
+            banks[tensor.expert_bank] += tensor.numel * tensor.copies
         elif tensor.bank is not None:
             shared_again += tensor.numel * (topology.banks[tensor.bank].size - 1)
     base = model.num_moe_experts

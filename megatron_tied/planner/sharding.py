@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.planner.layout import Layout
@@ -19,14 +20,12 @@ def stage_tensors(model: ModelConfig, topology: TieTopology, layers: range, voca
     yield from ends[:1] if layers.start == 0 else ()
     for layer in layers:
         yield from layer_tensors(model, topology, layer)
-        bank = topology.bank_of_layer[layer]
-        if (
-            bank is not None
-            and topology.banks[bank].owner < layers.start
-            and layer == min(set(topology.banks[bank].layers) & set(layers))
-        ):
-            experts = topology.num_experts(layer, model.num_moe_experts)
-            for tensor in bank_tensors(model, topology.banks[bank], experts):
+        if topology.bank_of_layer[layer] is None:
+            continue
+        bank = topology.bank(layer)
+        if bank.owner < layers.start and layer == min(set(bank.layers) & set(layers)):
+            experts = topology.num_experts(bank, model.num_moe_experts)
+            for tensor in bank_tensors(model, bank, experts):
                 yield tensor._replace(layer=layer)
     yield from ends[1:] if layers.stop == model.num_layers else ()
 
@@ -34,6 +33,15 @@ def stage_tensors(model: ModelConfig, topology: TieTopology, layers: range, voca
 def local_elements(tensor: Tensor, layout: Layout) -> int:
     """Elements of a parameter, all copies together, that one rank has before ZeRO partitions them."""
     return local_size(tensor, layout) * local_copies(tensor, layout)
+
+
+def bank_elements(tensors: Iterable[Tensor], layout: Layout) -> Counter[int]:
+    """Elements of the weights of each expert bank among `tensors` that one rank has."""
+    found: Counter[int] = Counter()
+    for tensor in tensors:
+        if tensor.expert_bank is not None:
+            found[tensor.expert_bank] += local_elements(tensor, layout)
+    return found
 
 
 def local_size(tensor: Tensor, layout: Layout) -> int:

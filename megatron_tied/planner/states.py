@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.planner.gathering import Gathering, gathering
 from megatron_tied.planner.layout import Layout
-from megatron_tied.planner.sharding import local_copies, local_elements, local_size, stage_tensors
+from megatron_tied.planner.sharding import bank_elements, local_copies, local_elements, local_size, stage_tensors
 from megatron_tied.planner.tensors import Kind, Tensor
 from megatron_tied.topology import TieTopology
 
@@ -107,23 +107,27 @@ def model_states(
     # Stage 0 updates the fp32 weights themselves; elsewhere there is a master copy, of fp32 weights too.
     master = 0 if layout.zero_stage == 0 else _FP32
     optimizer = sum(part * (master + group.moments) for part, group in zip(parts, groups, strict=True))
+    largest = max(local_size(tensor, layout) for tensor in tensors)
     host = 0
     if layout.offload_optimizer:
-        # fp32 gradients go there too; on the device none stays, save those that stage 1 still has to reduce.
-        host += optimizer + held * _FP32
-        # And those of earlier micro-batches, whole, with a buffer through which they pass.
-        if layout.zero_stage == 3:
-            host += held * layout.width
-        else:
-            largest = max(local_size(tensor, layout) for tensor in tensors)
-            host += (largest + (_kept(groups, layout) if layout.accumulation > 1 else 0)) * layout.width
-        optimizer = 0
+        host, optimizer = optimizer + _gradients_on_host(groups, layout, held, largest), 0
+        # On the device none stays, save those that stage 1 still has to reduce.
         gradients = gradients if layout.zero_stage < 2 else 0
     if layout.offload_parameters:
         host, weights = host + weights, 0
-    by_muon = tuple(group.moments == _FP32 for group in groups)
-    sizes = _sizes(tensors, topology, layout, layers)
-    return ModelStates(dict(parameters), weights, gradients, optimizer, host, tuple(parts), by_muon, **sizes)
+    return ModelStates(
+        parameters,
+        weights,
+        gradients,
+        optimizer,
+        host,
+        partitions=tuple(parts),
+        by_muon=tuple(group.moments == _FP32 for group in groups),
+        layer_gradients=_layer_gradients(tensors, topology, layout, layers),
+        banks=bank_elements(tensors, layout),
+        largest_tensor=largest,
+        gathered=gathering(tensors, topology, layout),
+    )
 
 
 def update_bytes(elements: int, by_muon: bool) -> int:
@@ -131,27 +135,31 @@ def update_bytes(elements: int, by_muon: bool) -> int:
     return _FP32 * elements + (_MUON_BYTES * min(elements, MUON_AT_ONCE) if by_muon else 2 * _FP32 * elements)
 
 
-def _sizes(tensors: Sequence[Tensor], topology: TieTopology, layout: Layout, layers: range) -> dict[str, Any]:
-    """The last fields of ModelStates."""
+def _gradients_on_host(groups: Sequence[Group], layout: Layout, held: int, largest: int) -> int:
+    """Bytes of gradients beside an offloaded optimizer: in fp32 for it, and those of earlier micro-batches.
+
+    Below stage 3 the latter are whole, with a buffer through which they pass.
+    """
+    if layout.zero_stage == 3:
+        return held * (_FP32 + layout.width)
+    earlier = _kept(groups, layout) if layout.accumulation > 1 else 0
+    return held * _FP32 + (largest + earlier) * layout.width
+
+
+def _layer_gradients(tensors: Sequence[Tensor], topology: TieTopology, layout: Layout, layers: range) -> dict[int, int]:
+    """See `ModelStates.layer_gradients`."""
     gradients = dict.fromkeys(layers, 0)
-    banks: Counter[int] = Counter()
     for tensor in tensors:
-        elements = local_elements(tensor, layout)
-        if tensor.is_expert:
-            banks[tensor.bank] += elements
+        if tensor.kind in layout.frozen:
+            continue
         if tensor.bank is not None:
             layer = max(layer for layer in topology.banks[tensor.bank].layers if layer in layers)
         elif tensor.layer is not None:
             layer = tensor.layer
         else:
             layer = layers[0] if tensor.kind == "embedding" else layers[-1]
-        gradients[layer] += elements * layout.width if tensor.kind not in layout.frozen else 0
-    return {
-        "layer_gradients": gradients,
-        "banks": dict(banks),
-        "largest_tensor": max(local_size(tensor, layout) for tensor in tensors),
-        "gathered": gathering(tensors, topology, layout),
-    }
+        gradients[layer] += local_elements(tensor, layout) * layout.width
+    return gradients
 
 
 def _frozen_elements(tensors: Sequence[Tensor], layout: Layout) -> int:
@@ -191,9 +199,11 @@ def optimizer_groups(tensors: Sequence[Tensor], topology: TieTopology, layout: L
     """The optimizer's groups as `parameter_groups` makes them: by weight decay, and banks by their LR divisor."""
     sizes: defaultdict[tuple[bool, float, bool, int], list[int]] = defaultdict(list)
     for tensor in tensors:
-        is_divided = tensor.is_expert or (tensor.bank is not None and tensor.kind == "attention" and tensor.decays)
-        divisor = topology.lr_divisor(topology.banks[tensor.bank]) if is_divided else 1.0
-        group = tensor.is_expert, divisor, tensor.decays, _moments(tensor, layout)
+        is_expert = tensor.kind == "bank"
+        divisor = 1.0
+        if tensor.bank is not None and (is_expert or (tensor.kind == "attention" and tensor.decays)):
+            divisor = topology.lr_divisor(topology.banks[tensor.bank])
+        group = is_expert, divisor, tensor.decays, _moments(tensor, layout)
         sizes[group] += [local_size(tensor, layout)] * local_copies(tensor, layout)
     groups = []
     for (is_expert, _, _, moments), of_group in sizes.items():

@@ -29,9 +29,9 @@ class Tensor(NamedTuple):
     copies: int = 1
 
     @property
-    def is_expert(self) -> bool:
-        """Whether it is part of an expert bank."""
-        return self.kind == "bank"
+    def expert_bank(self) -> int | None:
+        """The index of the bank whose experts it is part of; None for what is no routed expert."""
+        return self.bank if self.kind == "bank" else None
 
 
 def model_tensors(model: ModelConfig, topology: TieTopology, vocab_size: int) -> Iterator[Tensor]:
@@ -58,7 +58,7 @@ def _layer(model: ModelConfig, topology: TieTopology, layer: int) -> Iterator[Te
     owns = bank is None or topology.is_owner(layer)
     yield from _norm(model, model.hidden_size)
     if owns or share == "experts":
-        for tensor in latent_attention(model) if is_latent(model) else _attention(model):
+        for tensor in _latent_attention(model) if is_latent(model) else _attention(model):
             yield tensor._replace(bank=bank if share != "experts" else None)
     yield from _norm(model, model.hidden_size)
     if topology.bank_of_layer[layer] is None:
@@ -91,7 +91,7 @@ def bank_tensors(model: ModelConfig, bank: Bank, experts: int) -> Iterator[Tenso
             yield tensor._replace(cut="expert", bank=bank.index, copies=experts)
 
 
-def latent_attention(model: ModelConfig) -> Iterator[Tensor]:
+def _latent_attention(model: ModelConfig) -> Iterator[Tensor]:
     """The projections of latent attention; only those per head are cut by tensor parallelism."""
     hidden, heads, sizes = model.hidden_size, model.num_attention_heads, latent_sizes(model)
     query = heads * (sizes.qk_head_dim + sizes.qk_pos_emb_head_dim)

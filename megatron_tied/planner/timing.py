@@ -118,7 +118,7 @@ def _duration(flow: Flow, hardware: Hardware) -> float:
 
 def _optimizer(layout: Layout, hardware: Hardware, states: ModelStates) -> float:
     elements = sum(states.partitions)
-    moved = 0
+    moved = 0.0
     if layout.offload_parameters:
         # What a rank gives to a gather it reads from the host each time.
         gathered = states.gathered
