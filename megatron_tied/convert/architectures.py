@@ -178,12 +178,12 @@ class Architecture:
 
     def read(self, json: Json) -> ModelConfig:
         """Our config of the model that `json` describes. Raises `ConfigError` naming every key in the way."""
-        json = self.schema.complete(json)
+        complete = self.schema.complete(json)
         fields: Fields = {}
         problems: list[Problem] = []
         for translation in self.translations:
             try:
-                fields |= translation.read(json)
+                fields |= translation.read(complete)
             except ConfigError as error:
                 problems += error.problems
         if problems:

@@ -13,11 +13,11 @@ import yaml
 from megatron_tied import __version__
 from megatron_tied.checkpoint.manifest import Chunk, Manifest, Tensor
 from megatron_tied.checkpoint.storage import tensor_key
-from megatron_tied.convert.pieces import Piece, Written, entry_piece
-from megatron_tied.convert.precision import NAMES, written_dtype
+from megatron_tied.convert.pieces import Piece, Written, entry_piece, experts_piece
+from megatron_tied.convert.precision import NAMES
 from megatron_tied.convert.shards import ShardWriter
 from megatron_tied.convert.sources import WeightSource
-from megatron_tied.convert.tensors import KINDS, bank_name, entries, expert_shape
+from megatron_tied.convert.tensors import EMBEDDING, KINDS, bank_name, entries
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.topology import TieConfig
 
@@ -28,12 +28,7 @@ def checkpoint_pieces(source: WeightSource, wanted: torch.dtype | None) -> Itera
         yield entry_piece(source, entry, wanted, ours=True)
     for bank in source.topology.banks:
         for kind in KINDS:
-            yield Piece(
-                (bank_name(bank.owner, kind),),
-                (expert_shape(source.config, source.topology, bank.owner, kind),),
-                written_dtype(source.expert_dtype(bank.owner, kind), wanted, "weight"),
-                lambda layer=bank.owner, kind=kind: [source.read_experts(layer, kind)],
-            )
+            yield experts_piece(source, bank_name(bank.owner, kind), bank.owner, kind, wanted)
 
 
 def write_checkpoint(
@@ -87,6 +82,6 @@ def run_of(source: WeightSource, output: Path) -> dict[str, Any]:
     return {
         "parallel": {},
         "data": {"train": "unknown: these weights were converted"},
-        "train": {"run_dir": str(output), "precision": NAMES[source.dtype("embedding.word_embeddings.weight")]},
+        "train": {"run_dir": str(output), "precision": NAMES[source.dtype(EMBEDDING)]},
         "deepspeed": {},
     }

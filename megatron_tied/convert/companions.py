@@ -44,16 +44,14 @@ class Companions:
         Raises `ConfigError` for files that are broken or of another model, and where an export would lack a tokenizer.
         """
         directory = _hf_directory(base)
-        vocab_size = base.config.vocab_size
         files = [None if directory is None else directory / name for name in (CONFIG, GENERATION_CONFIG)]
         config, generation = (file if file is not None and file.is_file() else None for file in files)
         for file in (config, generation):
             if file is not None:
-                CarriedJson.check(read_json(file), vocab_size=vocab_size, file=file.name)
+                CarriedJson.check(read_json(file), vocab_size=base.vocab_size, file=file.name)
         tokenizer = _tokenizer(base, directory, given, exported=exported)
-        special = (
-            {} if tokenizer is None else checked(tokenizer, vocab_size, field="--tokenizer" if given else "--input")
-        )
+        field = "--tokenizer" if given else "--input"
+        special = {} if tokenizer is None else checked(tokenizer, base.vocab_size, field=field)
         kept = config is not None and given is None
         return cls(config, generation, tokenizer, {} if kept else special)
 

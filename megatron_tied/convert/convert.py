@@ -71,7 +71,8 @@ def _convert(asked: Conversion, say: _Say) -> None:
     source = base if topology is None else RetiedSource(base, topology, _MERGES[asked.method])
     pieces, write = _target(asked, base, source, say)
     size = total_bytes(pieces(source))
-    if topology is None or asked.method != "matched":
+    # Calibration text is there with `matched` alone.
+    if topology is None or asked.calibration is None:
         check_space(asked.output, size)
         _publish(asked, base, source, pieces, write, say)
         return

@@ -5,6 +5,7 @@ Nothing else looks at a config.json before this has: translations and checks fin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -62,24 +63,24 @@ class ConfigJson(BaseModel):
     rope_parameters: _RopeJson | None = None
 
     @classmethod
-    def complete(cls, json: dict[str, Any]) -> dict[str, Any]:
+    def complete(cls, json: Mapping[str, Any]) -> dict[str, Any]:
         """`json` with its keys' usual names, and with all that it leaves out. Raises `ConfigError` for wrong types."""
-        json = cls._with_usual_names(json)
+        usual = cls._with_usual_names(json)
         try:
-            found = cls.model_validate(json)
+            found = cls.model_validate(usual)
         except ValidationError as error:
             raise ConfigError(_problems(error)) from None
-        CarriedJson.check(json, vocab_size=found.vocab_size)
-        return {name: getattr(found, name) for name in cls.model_fields} | json
+        CarriedJson.check(usual, vocab_size=found.vocab_size)
+        return {name: getattr(found, name) for name in cls.model_fields} | usual
 
     @classmethod
-    def computing(cls, json: dict[str, Any]) -> dict[str, Any]:
+    def computing(cls, json: Mapping[str, Any]) -> dict[str, Any]:
         """Of `json` the keys that say what the model computes, as they are."""
         return {key: value for key, value in json.items() if key in cls.model_fields or key in cls.renamed}
 
     @classmethod
-    def _with_usual_names(cls, json: dict[str, Any]) -> dict[str, Any]:
-        json = dict(json)
+    def _with_usual_names(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        json = dict(given)
         for other, usual in cls.renamed.items():
             if other not in json:
                 continue
@@ -105,7 +106,7 @@ class CarriedJson(BaseModel):
     num_tied_experts: Experts | None = None
 
     @classmethod
-    def check(cls, json: dict[str, Any], *, vocab_size: int, file: str = "config.json") -> None:
+    def check(cls, json: Mapping[str, Any], *, vocab_size: int, file: str = "config.json") -> None:
         """Raise `ConfigError` for wrong types, and for tokens that a model of `vocab_size` does not know."""
         try:
             found = cls.model_validate(json)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_tied.convert.architectures import COMPACT_PREFIX, architecture_of
-from megatron_tied.convert.pieces import Piece, Written, entry_piece
+from megatron_tied.convert.pieces import Piece, Written, entry_piece, experts_piece
 from megatron_tied.convert.precision import common_dtype, written_dtype
 from megatron_tied.convert.shards import ShardWriter
 from megatron_tied.convert.sources import WeightSource
@@ -82,7 +83,7 @@ def write_hf(written: Written, directory: Path, *, json_config: dict[str, Any], 
             dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.numel() * tensor.element_size()
         del tensor
     _name_shards(directory, shards, shards.finish())
-    dtype = str(max(dtypes, key=dtypes.get)).removeprefix("torch.")
+    dtype = str(max(dtypes, key=dtypes.__getitem__)).removeprefix("torch.")
     write_json(directory / "config.json", json_config | {"torch_dtype": dtype})
     if compact:
         shutil.copyfile(Path(__file__).with_name(MODELLING_FILE), directory / MODELLING_FILE)
@@ -119,7 +120,7 @@ def _single_experts(source: WeightSource, layer: int, wanted: torch.dtype | None
             [expert_name(layer, expert, kind) for expert in range(experts)],
             [tuple(shape)] * experts,
             written_dtype(source.expert_dtype(layer, kind), wanted, "weight"),
-            lambda kind=kind: source.read_experts(layer, kind),
+            partial(source.read_experts, layer, kind),
         )
 
 
@@ -136,12 +137,7 @@ def _stacked(source: WeightSource, layer: int, wanted: torch.dtype | None) -> It
         yield whole
 
     yield Piece((fused_name(layer, "gate"),), (both,), dtype, gate_and_up)
-    yield Piece(
-        (fused_name(layer, "down"),),
-        (expert_shape(source.config, source.topology, layer, "down"),),
-        written_dtype(source.expert_dtype(layer, "down"), wanted, "weight"),
-        lambda: [source.read_experts(layer, "down")],
-    )
+    yield experts_piece(source, fused_name(layer, "down"), layer, "down", wanted)
 
 
 def _name_shards(directory: Path, shards: ShardWriter, files: list[str]) -> None:

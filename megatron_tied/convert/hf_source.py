@@ -13,7 +13,7 @@ from megatron_tied.convert.architectures import COMPACT_PREFIX, Architecture, ar
 from megatron_tied.convert.hf_files import Stored, read_config, stored_tensors
 from megatron_tied.convert.precision import common_dtype
 from megatron_tied.convert.sources import tensor_problems
-from megatron_tied.convert.tensors import KINDS, Shape, entries, expert_name, expert_shape, fused_name
+from megatron_tied.convert.tensors import EMBEDDING, KINDS, Shape, entries, expert_name, expert_shape, fused_name
 from megatron_tied.convert.translations import refuse
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.config import ModelConfig
@@ -43,6 +43,7 @@ class HuggingFaceSource:
             for key in self.architecture.unknown(self.json)
         ]
         self._entries = {entry.ours: entry for entry in entries(self.config, self.topology)}
+        self.vocab_size = self._entries[EMBEDDING].shape[0]
         self._stored = dict(self._wanted(stored_tensors(directory)))
         # Which form the experts of each layer are stored in.
         self._fused = {
@@ -55,7 +56,8 @@ class HuggingFaceSource:
     @property
     def is_compact(self) -> bool:
         """Whether each bank's experts are stored once, under the bank's first layer."""
-        return self.json["model_type"].startswith(COMPACT_PREFIX)
+        model_type: str = self.json["model_type"]
+        return model_type.startswith(COMPACT_PREFIX)
 
     def dtype(self, name: str) -> torch.dtype:
         """See `WeightSource`."""
@@ -109,8 +111,9 @@ class HuggingFaceSource:
 
     def _read(self, name: str) -> torch.Tensor:
         with safe_open(self._stored[name].file, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
             # A copy: what the file is mapped to counts as memory for as long as it is held.
-            return file.get_tensor(name).clone()
+            return tensor.clone()
 
     def _read_into(self, whole: torch.Tensor, names: Iterable[str]) -> None:
         by_file: dict[Path, list[tuple[int, str]]] = {}

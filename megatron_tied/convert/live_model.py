@@ -133,7 +133,8 @@ def _over_all(seen: list[tuple[torch.Tensor, ...]], which: int) -> torch.Tensor:
 def _forward(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
     length = tokens.shape[1]
     inputs = (tokens, torch.arange(length).expand_as(tokens), _causal_mask(length))
-    return model(*(tensor.to(device()) for tensor in inputs))
+    found: torch.Tensor = model(*(tensor.to(device()) for tensor in inputs))
+    return found
 
 
 def _causal_mask(length: int) -> torch.Tensor:

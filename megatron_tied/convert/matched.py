@@ -6,7 +6,7 @@ then gets, for each place, one expert that does nearly what all of them do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from megatron_tied.convert.calibration import calibration_tokens
 from megatron_tied.convert.live_model import Routed, model_of_one_bank, routed
 from megatron_tied.convert.matching import (
     Matrices,
-    Sample,
     Samples,
     assigned,
     matching_costs,
@@ -56,7 +55,8 @@ class MatchedMerge:
     def experts(self, base: WeightSource, bank: Bank, kind: str) -> torch.Tensor:
         """See `Merge`."""
         with safe_open(_file(self.scratch, bank), framework="pt") as file:
-            return file.get_tensor(kind)
+            tensor: torch.Tensor = file.get_tensor(kind)
+        return tensor
 
 
 def match(
@@ -77,7 +77,7 @@ def match(
     not fit the model, for weights that are not finite, and where there is less memory.
     """
     length = min(_LONGEST, longest or _LONGEST)
-    text = calibration_tokens(calibration, tokens=tokens or TOKENS, length=length, vocab_size=source.config.vocab_size)
+    text = calibration_tokens(calibration, tokens=tokens or TOKENS, length=length, vocab_size=source.vocab_size)
     if lacking := shortage(_needed_memory(source, topology, text.numel())):
         valid = f"{lacking}: take a smaller --tie-group-size or fewer --calibration-tokens, or another method"
         raise ConfigError(Problem("--tie-method", "matched", valid))
@@ -151,8 +151,9 @@ class _Matcher:
             for kind in KINDS
         }
         for place in range(config.num_moe_experts):
-            meeting = [(experts[layer][place], samples[layer][place]) for layer in bank.layers]
-            expert = merged_expert(*zip(*meeting, strict=True), config.activation_func)
+            meeting = [experts[layer][place] for layer in bank.layers]
+            sent = [samples[layer][place] for layer in bank.layers]
+            expert = merged_expert(meeting, sent, config.activation_func)
             for kind in KINDS:
                 merged[kind][place] = expert[kind]
         save(merged, _file(self._scratch, bank))
@@ -162,7 +163,7 @@ class _Matcher:
         layer: int,
         owner: int,
         experts: dict[int, list[Matrices]],
-        samples: Sequence[Sample],
+        samples: Samples,
         config: TransformerConfig,
     ) -> list[int]:
         """Which expert of `layer` comes to each place."""

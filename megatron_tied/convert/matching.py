@@ -5,7 +5,7 @@ Experts i of a layer and j of another are as far apart as their outputs are on w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Samples(Sequence[Sample]):
+class Samples:
     """A sample for each expert of a layer. A state that is sent to several experts is held once."""
 
     states: torch.Tensor
@@ -48,6 +48,9 @@ class Samples(Sequence[Sample]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[expert] for expert in range(len(self)))
 
     def __getitem__(self, expert: int) -> Sample:
         return Sample(self.states[self.rows[expert]], self.weights[expert])
@@ -188,7 +191,8 @@ def _ridge(inputs: torch.Tensor, outputs: torch.Tensor, strength: float) -> torc
     gram = inputs.T @ inputs
     # At least something: inputs may be zero.
     gram.diagonal().add_(strength * gram.diagonal().mean().clamp(min=1e-30))
-    return torch.linalg.solve(gram, inputs.T @ outputs).float()
+    found: torch.Tensor = torch.linalg.solve(gram, inputs.T @ outputs)
+    return found.float()
 
 
 def _neurons(matrices: Matrices, states: torch.Tensor, activation: Activation) -> torch.Tensor:

@@ -44,7 +44,7 @@ def shortage(needed: int) -> str | None:
 
 def _available_memory() -> int:
     """Of this machine, or of this container where that is less."""
-    available = psutil.virtual_memory().available
+    available: int = psutil.virtual_memory().available
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
         return min(available, int(limit) - int(used)) if limit != "max" else available

@@ -10,20 +10,21 @@ import torch
 
 from megatron_tied.convert.precision import written_dtype
 from megatron_tied.convert.sources import WeightSource
-from megatron_tied.convert.tensors import Entry, Shape, count
-
-_State = str
+from megatron_tied.convert.tensors import Entry, Shape, count, expert_shape
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors that are written together, since they are read together, as `dtype`; `state` is theirs at our side."""
+    """Tensors that are written together, since they are read together, as `dtype`.
+
+    `state` is the prefix of their names in our checkpoint.
+    """
 
     names: Sequence[str]
     shapes: Sequence[Shape]
     dtype: torch.dtype
     read: Callable[[], Iterable[torch.Tensor]]
-    state: _State = "weight"
+    state: str = "weight"
 
     @property
     def bytes(self) -> int:
@@ -39,7 +40,7 @@ class Written:
     advance: Callable[[int], object] = lambda size: None
     not_finite: list[str] = field(default_factory=list)
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor, _State]]:
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor, str]]:
         for piece in self.pieces:
             for name, stored in zip(piece.names, piece.read(), strict=True):
                 tensor = stored.to(piece.dtype)
@@ -54,6 +55,13 @@ class Written:
 def total_bytes(pieces: Iterable[Piece]) -> int:
     """Of all their tensors."""
     return sum(piece.bytes for piece in pieces)
+
+
+def experts_piece(source: WeightSource, name: str, layer: int, kind: str, wanted: torch.dtype | None) -> Piece:
+    """One kind of the matrices of all experts that `layer` uses, stacked in a tensor called `name`."""
+    shape = expert_shape(source.config, source.topology, layer, kind)
+    dtype = written_dtype(source.expert_dtype(layer, kind), wanted, "weight")
+    return Piece((name,), (shape,), dtype, lambda: [source.read_experts(layer, kind)])
 
 
 def entry_piece(source: WeightSource, entry: Entry, wanted: torch.dtype | None, *, ours: bool) -> Piece:

@@ -85,6 +85,7 @@ class RetiedSource:
     def __init__(self, base: WeightSource, topology: TieTopology, merge: Merge):
         self.base = base
         self.config = base.config
+        self.vocab_size = base.vocab_size
         self.topology = topology
         self.merge = merge
         _check_expert_counts(base, topology)

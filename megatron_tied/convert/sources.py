@@ -10,7 +10,7 @@ import torch
 
 from megatron_tied.checkpoint.manifest import BrokenCheckpointError, Manifest
 from megatron_tied.checkpoint.weights import WeightReader
-from megatron_tied.convert.tensors import KINDS, Shape, bank_name, entries, expert_shape, some
+from megatron_tied.convert.tensors import EMBEDDING, KINDS, Shape, bank_name, entries, expert_shape, some
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.topology import TieConfig, TieTopology
@@ -20,10 +20,12 @@ class WeightSource(Protocol):
     """One model's weights, read when asked for and never kept; names and shapes are those of our checkpoints.
 
     Routed experts are asked for by layer, whichever bank has them: [experts, rows, columns] of `gate`, `up` or `down`.
+    vocab_size: how many token ids the model knows.
     """
 
     config: ModelConfig
     topology: TieTopology
+    vocab_size: int
 
     def dtype(self, name: str) -> torch.dtype:
         """The precision in which `name`, a tensor outside the routed experts, is stored."""
@@ -51,12 +53,17 @@ class CheckpointSource:
             raise ConfigError(Problem("--input", str(directory), f"is not sound: {error}")) from None
         run = self._reader.manifest.run
         self.remarks: list[str] = []
-        self.config = _with_vocabulary(ModelConfig.resolve(run["model"]), self._reader)
+        self.config = ModelConfig.resolve(run["model"])
+        embedding = self._reader.shapes().get(EMBEDDING)
+        if self.config.vocab_size is None and embedding is not None:
+            # Where a run's config leaves the size to the tokenizer, the embedding has it.
+            self.config = self.config.model_copy(update={"vocab_size": embedding[0]})
         self.topology = self.config.topology(TieConfig(**run["tie"]))
         if self.topology.shares_more:
             valid = "cannot be converted: a Hugging Face model has attention and router of its own in every layer"
             raise ConfigError(Problem("tie.share", self.topology.tie.share, f"{valid}, and banks are retied alone"))
-        self._states = {entry.ours: entry.state for entry in entries(self.config, self.topology)}
+        self._entries = {entry.ours: entry for entry in entries(self.config, self.topology)}
+        self.vocab_size = self._entries[EMBEDDING].shape[0]
         if problems := list(self._problems()):
             raise ConfigError(problems)
 
@@ -72,25 +79,29 @@ class CheckpointSource:
 
     def dtype(self, name: str) -> torch.dtype:
         """See `WeightSource`."""
-        return getattr(torch, self.manifest.tensors[f"{self._states[name]}/{name}"].dtype)
+        return self._dtype_of(f"{self._entries[name].state}/{name}")
 
     def read(self, name: str) -> torch.Tensor:
         """See `WeightSource`."""
-        return self._reader.read(name, state=self._states[name])
+        return self._reader.read(name, state=self._entries[name].state)
 
     def expert_dtype(self, layer: int, kind: str) -> torch.dtype:
         """See `WeightSource`."""
-        return getattr(torch, self.manifest.tensors[f"weight/{self._bank_name(layer, kind)}"].dtype)
+        return self._dtype_of(f"weight/{self._bank_name(layer, kind)}")
 
     def read_experts(self, layer: int, kind: str) -> torch.Tensor:
         """See `WeightSource`."""
         return self._reader.read(self._bank_name(layer, kind))
 
+    def _dtype_of(self, key: str) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.manifest.tensors[key].dtype)
+        return dtype
+
     def _bank_name(self, layer: int, kind: str) -> str:
         return bank_name(self.topology.bank(layer).owner, kind)
 
     def _problems(self) -> Iterator[Problem]:
-        expected = {f"{entry.state}/{entry.ours}": entry.shape for entry in entries(self.config, self.topology)}
+        expected = {f"{entry.state}/{name}": entry.shape for name, entry in self._entries.items()}
         for bank in self.topology.banks:
             for kind in KINDS:
                 shape = expert_shape(self.config, self.topology, bank.owner, kind)
@@ -114,9 +125,3 @@ def tensor_problems(where: Path, expected: dict[str, Shape], stored: dict[str, S
     if wrong:
         told = [f"{name} {list(stored[name])} in place of {list(expected[name])}" for name in wrong]
         yield Problem("--input", str(where), f"has tensors of another shape than its config says: {some(told)}")
-
-
-def _with_vocabulary(config: ModelConfig, reader: WeightReader) -> ModelConfig:
-    """The size is the tokenizer's where the config of a run leaves it open: the embedding has it."""
-    shape = reader.shapes().get("embedding.word_embeddings.weight")
-    return config if config.vocab_size or not shape else config.model_copy(update={"vocab_size": shape[0]})

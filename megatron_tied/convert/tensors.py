@@ -19,6 +19,7 @@ from megatron_tied.topology import TieTopology
 Shape = tuple[int, ...]
 
 KINDS = ("gate", "up", "down")
+EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _gated(ours: str, theirs: str, width: str) -> tuple[Rule, Rule]:
 
 
 _OUTSIDE = (
-    _copy("embedding.word_embeddings.weight", "model.embed_tokens.weight", "vocabulary", "hidden"),
+    _copy(EMBEDDING, "model.embed_tokens.weight", "vocabulary", "hidden"),
     _copy("decoder.final_layernorm.weight", "model.norm.weight", "hidden"),
 )
 _OUTPUT = _copy("output_layer.weight", "lm_head.weight", "vocabulary", "hidden")

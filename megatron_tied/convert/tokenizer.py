@@ -8,16 +8,19 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]  # made by protobuf
 
 from megatron_tied.convert.hf_files import read_json
 from megatron_tied.convert.hf_output import write_json
 from megatron_tied.data.adapters import TiktokenTokenizer, Tokenizer, is_tiktoken
 from megatron_tied.data.tokenizer import SEPARATOR, SentencePieceTokenizer
 from megatron_tied.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # Files of a Hugging Face directory that tokenizers consist of; a model needs one of the first group.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "spiece.model")
@@ -29,8 +32,7 @@ _CONFIG = "tokenizer_config.json"
 NO_TOKENIZER = "none"
 
 _UNDERSCORE = "\u2581"  # SentencePiece's mark for a space
-_NORMAL, _BYTE = 1, 6  # types of pieces in SentencePiece's model
-_BPE = 2
+_Piece = ModelProto.SentencePiece
 
 # The keys of config.json that name tokens.
 Special = dict[str, int | None]
@@ -57,7 +59,7 @@ def checked(given: Path, vocab_size: int, *, field: str) -> Special:
         with tempfile.TemporaryDirectory() as directory:
             special = put_tokenizer(given, Path(directory))
             ids = _ids(Path(directory), field)
-    token = max(ids, key=ids.get, default=None)
+    token = max(ids, key=ids.__getitem__, default=None)
     if token is not None and ids[token] >= vocab_size:
         valid = f"has token id {ids[token]} ({token[:40]!r}), and the model knows those below {vocab_size}"
         raise ConfigError(Problem(field, str(given), f"{valid}: name another by --tokenizer, or {NO_TOKENIZER}"))
@@ -107,9 +109,9 @@ def _ids(directory: Path, field: str) -> dict[str, int]:
 
 def _ids_of_file(file: Path) -> dict[str, int]:
     if file.name == "tokenizer.json":
-        from tokenizers import Tokenizer
+        import tokenizers
 
-        return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+        return tokenizers.Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
     if file.name in ("tokenizer.model", "spiece.model"):
         model = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
         return {model.id_to_piece(index): index for index in range(model.piece_size())}
@@ -133,20 +135,21 @@ def _special(directory: Path, ids: Mapping[str, int], field: str) -> Special:
 
 def _write_sentencepiece(model_file: Path, directory: Path) -> Special:
     """tokenizer.json and its config, by which transformers gives the ids that SentencePiece gives."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    import tokenizers
+    from tokenizers import decoders, models, normalizers
 
     ours = SentencePieceTokenizer.load(model_file, field="--tokenizer")
-    proto = sentencepiece_model_pb2.ModelProto.FromString(ours.model)
+    proto = ModelProto.FromString(ours.model)
     if reason := _not_expressible(proto):
         valid = f"{reason}: give --tokenizer DIR with a Hugging Face tokenizer of the same ids, or --tokenizer none"
         raise ConfigError(Problem("--tokenizer", str(model_file), valid))
     pieces = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     unknown = proto.pieces[proto.trainer_spec.unk_id].piece
-    has_bytes = any(piece.type == _BYTE for piece in proto.pieces)
-    tokenizer = Tokenizer(
+    has_bytes = any(piece.type == _Piece.BYTE for piece in proto.pieces)
+    tokenizer = tokenizers.Tokenizer(
         models.BPE(pieces, list(_merges(proto)), unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes)
     )
-    steps = [normalizers.Replace(" ", _UNDERSCORE)]
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", _UNDERSCORE)]
     if proto.normalizer_spec.add_dummy_prefix:
         steps.insert(0, normalizers.Prepend(_UNDERSCORE))
     tokenizer.normalizer = normalizers.Sequence(steps)
@@ -156,7 +159,7 @@ def _write_sentencepiece(model_file: Path, directory: Path) -> Special:
     tokenizer.decoder = decoders.Sequence(parts)
     end = proto.pieces[ours.eod].piece
     tokenizer.add_special_tokens(
-        [AddedToken(piece, special=True, normalized=False) for piece in dict.fromkeys((end, unknown))]
+        [tokenizers.AddedToken(piece, special=True, normalized=False) for piece in dict.fromkeys((end, unknown))]
     )
     _save(tokenizer, directory, {"eos_token": end, "unk_token": unknown})
     _compare(ours, directory, model_file)
@@ -185,10 +188,10 @@ def _write_tiktoken(name: str, directory: Path) -> Special:
     return {"bos_token_id": None, "eos_token_id": ours.eod, "pad_token_id": None}
 
 
-def _save(tokenizer: Any, directory: Path, tokens: dict[str, str]) -> None:
+def _save(tokenizer: tokenizers.Tokenizer, directory: Path, tokens: dict[str, str]) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     write_json(
-        directory / "tokenizer_config.json",
+        directory / _CONFIG,
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **tokens,
@@ -199,20 +202,20 @@ def _save(tokenizer: Any, directory: Path, tokens: dict[str, str]) -> None:
     )
 
 
-def _not_expressible(proto: sentencepiece_model_pb2.ModelProto) -> str | None:
+def _not_expressible(proto: ModelProto) -> str | None:
     normalizer = proto.normalizer_spec
-    if proto.trainer_spec.model_type != _BPE:
+    if proto.trainer_spec.model_type != TrainerSpec.BPE:
         return "is no BPE model"
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         return "normalises its text"
-    if any(piece.type not in (_NORMAL, _BYTE) and piece.type > 3 for piece in proto.pieces):
+    if any(piece.type in (_Piece.USER_DEFINED, _Piece.UNUSED) for piece in proto.pieces):
         return "has pieces that the user defined, or unused ones"
     return None
 
 
-def _merges(proto: sentencepiece_model_pb2.ModelProto) -> Iterator[tuple[str, str]]:
+def _merges(proto: ModelProto) -> Iterator[tuple[str, str]]:
     """Pairs in the order in which SentencePiece merges them: by the score of what they give."""
-    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
+    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
     for piece, _ in sorted(normal.items(), key=lambda item: -item[1]):
         for cut in range(1, len(piece)):
             if piece[:cut] in normal and piece[cut:] in normal:
@@ -221,9 +224,9 @@ def _merges(proto: sentencepiece_model_pb2.ModelProto) -> Iterator[tuple[str, st
 
 def _compare(ours: Tokenizer, directory: Path, name: str | Path) -> None:
     """Raise `ConfigError` if the two sides tell another story of a sample of text."""
-    from tokenizers import Tokenizer
+    import tokenizers
 
-    theirs = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    theirs = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     theirs.encode_special_tokens = True
     for text in _sample(ours):
         if theirs.encode(text, add_special_tokens=False).ids != ours.encode(text):

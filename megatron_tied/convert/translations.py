@@ -77,7 +77,9 @@ RENORMALISED_SOFTMAX = Translation(
 )
 
 
-def layer_pattern(keys: tuple[str, ...], is_moe: Callable[[Json, int], bool], write: Callable) -> Translation:
+def layer_pattern(
+    keys: tuple[str, ...], is_moe: Callable[[Json, int], bool], write: Callable[[ModelConfig], Fields]
+) -> Translation:
     """Which layers are MoE layers; `is_moe` tells it of a layer, from 0."""
 
     def read(json: Json) -> Fields:

@@ -74,8 +74,8 @@ def count_parameters(model: ModelConfig, topology: TieTopology, vocab_size: int 
     ConfigError if none is given, for options whose parameters are not known here, and for a topology that was
     made for other layers.
     """
-    vocab_size = model.vocab_size if vocab_size is None else vocab_size
-    _check(model, topology, vocab_size)
+    vocab_size = known_vocabulary(model, vocab_size)
+    _check(model, topology)
     found: Counter[str] = Counter()
     banks: Counter[int] = Counter()
     shared_again = 0
@@ -102,7 +102,15 @@ def count_parameters(model: ModelConfig, topology: TieTopology, vocab_size: int 
     )
 
 
-def _check(model: ModelConfig, topology: TieTopology, vocab_size: int | None) -> None:
+def known_vocabulary(model: ModelConfig, vocab_size: int | None) -> int:
+    """`vocab_size`, or else what the model says. Raises ConfigError if neither is given."""
+    known = model.vocab_size if vocab_size is None else vocab_size
+    if known is None:
+        raise ConfigError(Problem("model.vocab_size", None, "must be given to count parameters"))
+    return known
+
+
+def _check(model: ModelConfig, topology: TieTopology) -> None:
     """Raise ConfigError unless the parameters of `model` under `topology` can be counted."""
     extra = model.model_extra or {}
     problems = [
@@ -110,8 +118,6 @@ def _check(model: ModelConfig, topology: TieTopology, vocab_size: int | None) ->
         for name in _NOT_COUNTED
         if extra.get(name)
     ]
-    if vocab_size is None:
-        problems.append(Problem("model.vocab_size", None, "must be given to count parameters"))
     if (topology.num_layers, topology.moe_layers) != (model.num_layers, model.moe_layers()):
         valid = f"must be laid out for {model.num_layers} layers, MoE in {list(model.moe_layers())}"
         problems.append(Problem("topology", topology.describe(), valid))

@@ -13,7 +13,7 @@ from megatron_tied.planner.compute import Flops, flops_per_token
 from megatron_tied.planner.hardware import GB, Hardware
 from megatron_tied.planner.layout import Layout, Recompute
 from megatron_tied.planner.memory import MemoryPlan, memory_plan
-from megatron_tied.planner.parameters import ParameterCount, count_parameters
+from megatron_tied.planner.parameters import ParameterCount, count_parameters, known_vocabulary
 from megatron_tied.planner.states import ModelStates, model_states
 from megatron_tied.planner.timing import StepTime, assumptions, step_time
 from megatron_tied.planner.traffic import Flow, busiest_stage, step_traffic
@@ -21,12 +21,15 @@ from megatron_tied.topology import TieConfig, TieTopology
 
 
 class Subject:
-    """A model on a machine, planned again and again: what does not depend on the whole layout is computed once."""
+    """A model on a machine, planned again and again: what does not depend on the whole layout is computed once.
+
+    Raises ConfigError if neither `vocab_size` nor the model says how large the vocabulary is.
+    """
 
     def __init__(self, model: ModelConfig, hardware: Hardware, vocab_size: int | None = None):
         self.model = model
         self.hardware = hardware
-        self.vocab_size = model.vocab_size if vocab_size is None else vocab_size
+        self.vocab_size = known_vocabulary(model, vocab_size)
         self.topology = lru_cache(None)(model.topology)
         self.parameters = lru_cache(None)(self._parameters)
         self._states = lru_cache(None)(self._states_of_stages)
