@@ -90,6 +90,13 @@ def test_a_compact_model_never_has_a_stock_type(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(compact, trust_remote_code=False)
 
 
+def test_a_compact_class_asks_for_banks() -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_experts": 8, "vocab_size": 8}
+    config = modeling_megatron_tied.MegatronTiedOlmoeConfig(**sizes, num_attention_heads=1, num_key_value_heads=1)
+    with pytest.raises(ValueError, match="expert_banks"):
+        modeling_megatron_tied.MegatronTiedOlmoeForCausalLM(config)
+
+
 def test_a_compact_model_can_be_read_back(tmp_path: Path) -> None:
     tied = tied_checkpoint("qwen3_moe_unnormalised", tmp_path)
     compact = convert("megatron-tied", "hf-compact", tied, tmp_path / "compact")
