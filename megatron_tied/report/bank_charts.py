@@ -9,7 +9,7 @@ from megatron_tied.report.chart import Chart, Runs
 from megatron_tied.report.chart_style import Drawing, of_heat_map
 from megatron_tied.report.charts import Level, level_chart
 from megatron_tied.report.history import RunHistory
-from megatron_tied.report.line_charts import Curve
+from megatron_tied.report.line_charts import Curve, line_chart
 
 _AGREEMENTS = {
     "top1": ("Same favourite expert", "The share of tokens whose favourite expert is the same in two layers of a bank"),
@@ -43,9 +43,7 @@ def bank_charts(runs: Runs) -> list[Chart]:
         Chart(
             "Gradient cosine",
             f"Between the gradients of the layers of a bank; 1: they agree, below 0: they pull apart. {of_tied}",
-            _levels(
-                runs, "cosine", "gradient_cosine", "gradient_cosine_min", full="mean of pairs", hollow="least pair"
-            ),
+            _levels(runs, "cosine", "gradient_cosine", "gradient_cosine_min"),
         ),
         Chart(
             "Gradient cancellation",
@@ -60,7 +58,7 @@ def _agreement(runs: Runs, kind: str) -> Drawing | None:
     for bank in _banks(runs, f"agreement_{kind}"):
         curves += runs.curves(f"agreement_{kind}/{bank}", tag=f"bank {int(bank)}")
         curves += runs.curves(f"agreement_{kind}_chance/{bank}", dashed=True)
-    return runs.lines(curves, "agreement", solid="a bank", dashed="by chance")
+    return line_chart(runs.names, curves, "agreement", solid="a bank", dashed="by chance")
 
 
 def _banks(runs: Runs, prefix: str) -> list[str]:
@@ -74,10 +72,10 @@ def _may_be_tied(run: RunHistory) -> bool:
 
 def _matrices(name: str, run: RunHistory) -> Chart:
     table, chances = run.tables.get("agreement"), run.numbered("agreement_overlap_chance")
+    layers = {str(bank): known for bank in chances if (known := run.layers_of(bank)) is not None}
     drawing = None
-    if table is not None and run.topology is not None and table.content.keys() <= set(map(str, chances)):
-        layers = {bank: run.topology.banks[int(bank)].layers for bank in table.content}
-        chance = {bank: chances[int(bank)].value for bank in table.content}
+    if table is not None and table.content and table.content.keys() <= layers.keys():
+        chance = {str(bank): point.value for bank, point in chances.items()}
         drawing = of_heat_map(agreement_heat_maps(table.content, layers, chance, table.step))
     reading = "A square is how many of the top-k experts of a token two layers have in common, as a share of k."
     return Chart(f"Agreement of pairs of layers: {name}", reading, drawing)
@@ -88,14 +86,17 @@ def _by_layers(runs: Runs) -> bool:
     return all(run.topology is not None for run in runs.histories)
 
 
-def _levels(runs: Runs, label: str, name: str, least: str | None = None, **kinds: str) -> Drawing | None:
+def _levels(runs: Runs, label: str, name: str, least: str | None = None) -> Drawing | None:
+    """Of every bank a metric and, as rings, the `least` of those that it is the mean of."""
     levels = [*_bank_levels(runs, name, False), *(_bank_levels(runs, least, True) if least else ())]
     over = "layer" if _by_layers(runs) else "bank"
-    return level_chart(runs.names, levels, label, over, **kinds)
+    return level_chart(runs.names, levels, label, over, full="mean of pairs", hollow="least pair")
 
 
 def _bank_levels(runs: Runs, name: str, hollow: bool) -> Iterator[Level]:
     by_layers = _by_layers(runs)
     for run, history in enumerate(runs.histories):
         for bank, point in history.numbered(f"bank_{name}").items():
-            yield Level(run, history.topology.banks[bank].layers if by_layers else (bank,), point.value, hollow)
+            layers = history.layers_of(bank) if by_layers else (bank,)
+            if layers is not None:
+                yield Level(run, layers, point.value, hollow)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_tied.report.chart_style import Drawing
 from megatron_tied.report.history import RunHistory
-from megatron_tied.report.line_charts import Curve, line_chart
+from megatron_tied.report.line_charts import Curve
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,3 @@ class Runs:
             for run, history in enumerate(self.histories)
             if metric in history.series
         ]
-
-    def lines(self, curves: Sequence[Curve], label: str, **options: Any) -> Drawing | None:
-        """A `line_chart` of these runs."""
-        return line_chart(self.names, curves, label, **options)

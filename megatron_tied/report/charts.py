@@ -32,11 +32,11 @@ class Level:
     run: int
     layers: Sequence[int]
     value: float
-    hollow: bool = False
+    hollow: bool
 
 
 def bar_chart(bars: Sequence[Bar], label: str) -> Drawing | None:
-    """Horizontal bars below each other; several parts have colours of their own, a single one that of its run."""
+    """Horizontal bars below each other, or None if there are none; several parts have colours of their own."""
     if not bars:
         return None
     figure, axes = new_figure(height=1.0 + 0.55 * len(bars))
@@ -47,7 +47,7 @@ def bar_chart(bars: Sequence[Bar], label: str) -> Drawing | None:
         if len(parts) > 1:
             _draw_parts(axes, place, bar, colours, longest)
         else:
-            axes.barh(place, *bar.parts.values(), height=0.42, color=run_colour(bar.run))
+            axes.barh(place, sum(bar.parts.values()), height=0.42, color=run_colour(bar.run))
         if bar.planned is not None:
             axes.plot([bar.planned] * 2, [place - 0.28, place + 0.28], color=INK, linewidth=2)
         axes.annotate(
@@ -63,9 +63,12 @@ def bar_chart(bars: Sequence[Bar], label: str) -> Drawing | None:
 
 
 def level_chart(
-    names: Sequence[str], levels: Sequence[Level], label: str, over: str, *, full: str = "", hollow: str = ""
+    names: Sequence[str], levels: Sequence[Level], label: str, over: str, *, full: str, hollow: str
 ) -> Drawing | None:
-    """Values of banks at the layers that use them, joined; `over` names what the x axis counts."""
+    """Values of banks at the layers that use them, joined; None if there are none.
+
+    over: what the x axis counts. full, hollow: what dots and rings mean, where there are rings.
+    """
     if not levels:
         return None
     figure, axes = new_figure()

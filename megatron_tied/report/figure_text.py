@@ -30,9 +30,8 @@ def signed(difference: float) -> str:
 
 def bank_name(run: RunHistory, bank: int) -> str:
     """`bank 2 [2 3 4 5]`: its index and, where they are known, its layers."""
-    if run.topology is None or bank >= len(run.topology.banks):
-        return f"bank {bank}"
-    return f"bank {bank} [{' '.join(map(str, run.topology.banks[bank].layers))}]"
+    layers = run.layers_of(bank)
+    return f"bank {bank}" if layers is None else f"bank {bank} [{' '.join(map(str, layers))}]"
 
 
 def run_names(directories: Sequence[Path]) -> list[str]:
@@ -43,3 +42,15 @@ def run_names(directories: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
+
+
+def remarks(runs: Sequence[RunHistory]) -> list[str]:
+    """What the reader should know about how the runs were read."""
+    told = []
+    for name, run in zip(run_names([run.directory for run in runs]), runs, strict=True):
+        if run.config.problem is not None:
+            told.append(f"{name}: {run.config.problem}; its metrics are reported all the same")
+        if run.broken_lines:
+            lines = "1 broken line" if run.broken_lines == 1 else f"{run.broken_lines:,} broken lines"
+            told.append(f"{name}: left out: {lines} of metrics.jsonl")
+    return told

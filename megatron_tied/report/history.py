@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
 
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.report.history_lines import Lines, Series, Table, read_lines
+from megatron_tied.report.history_lines import Lines, Point, Series, Table, read_lines
 from megatron_tied.run_directory import CONFIG, METRICS, SUMMARY
 from megatron_tied.topology import Bank, TieTopology
 
@@ -23,13 +23,6 @@ from megatron_tied.topology import Bank, TieTopology
 _INTERVALS, _SILENCE_SECONDS = 4, 600
 
 TopologyOf = Callable[[Path], TieTopology]
-
-
-class Point(NamedTuple):
-    """One value of a metric; not finite where the run logged null."""
-
-    step: int
-    value: float
 
 
 @dataclass(frozen=True)
@@ -60,26 +53,28 @@ class RunHistory:
     def last(self, name: str) -> Point | None:
         """The last point of a metric; None if it was never logged."""
         series = self.series.get(name)
-        return None if series is None else Point(int(series.steps[-1]), float(series.values[-1]))
+        return None if series is None else series.point(-1)
+
+    def finite(self, name: str) -> Series | None:
+        """The finite values of a metric; None if there are none."""
+        series = self.series.get(name)
+        return None if series is None else series.finite()
 
     def best(self, name: str) -> Point | None:
         """The point of a metric's least finite value, the first of equals."""
-        finite = finite_part(self.series.get(name))
-        if finite is None:
-            return None
-        index = int(finite.values.argmin())
-        return Point(int(finite.steps[index]), float(finite.values[index]))
+        finite = self.finite(name)
+        return None if finite is None else finite.point(int(finite.values.argmin()))
 
     def settled(self, name: str) -> float | None:
         """The median of the finite values of the last half of a metric's points: start-up is left out."""
-        finite = finite_part(self.series.get(name))
-        return None if finite is None else float(np.median(finite.values[len(finite.values) // 2 :]))
+        finite = self.finite(name)
+        return None if finite is None else finite.settled()
 
     def numbered(self, prefix: str) -> dict[int, Point]:
         """The last points of `prefix`/NN by number, a layer's or a bank's, in order."""
         numbers = (name.removeprefix(f"{prefix}/") for name in self.series if name.startswith(f"{prefix}/"))
         return {
-            int(number): self.last(f"{prefix}/{number}")
+            int(number): self.series[f"{prefix}/{number}"].point(-1)
             for number in sorted((number for number in numbers if number.isdecimal()), key=int)
         }
 
@@ -122,18 +117,15 @@ class RunHistory:
         line = self.summary.get("topology")
         return line if isinstance(line, str) else None
 
+    def layers_of(self, bank: int) -> tuple[int, ...] | None:
+        """The layers that use a bank; None where they are not known."""
+        banks = () if self.topology is None else self.topology.banks
+        return banks[bank].layers if bank < len(banks) else None
+
     @property
     def tied_banks(self) -> tuple[Bank, ...]:
         """The banks that more than one layer uses; empty, too, where the topology is not known."""
         return () if self.topology is None else tuple(bank for bank in self.topology.banks if bank.is_tied)
-
-
-def finite_part(series: Series | None) -> Series | None:
-    """The finite values of a series; None if there are none."""
-    if series is None:
-        return None
-    finite = np.isfinite(series.values)
-    return Series(series.steps[finite], series.values[finite]) if finite.any() else None
 
 
 def read_history(

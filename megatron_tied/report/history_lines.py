@@ -10,16 +10,37 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 _TOLD_EVERY = 1 << 20  # bytes
 _LARGEST_STEP = 2**63 - 1  # of an int64
 
 
+class Point(NamedTuple):
+    """One value of a metric; not finite where the run logged null."""
+
+    step: int
+    value: float
+
+
 class Series(NamedTuple):
     """A metric over the steps: steps [n] int64, ascending, each once; values [n] float64, NaN for a logged null."""
 
-    steps: np.ndarray
-    values: np.ndarray
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+    def point(self, index: int) -> Point:
+        """The point at this place in the order of steps."""
+        return Point(int(self.steps[index]), float(self.values[index]))
+
+    def finite(self) -> Series | None:
+        """The finite values; None if there are none."""
+        finite = np.isfinite(self.values)
+        return Series(self.steps[finite], self.values[finite]) if finite.any() else None
+
+    def settled(self) -> float:
+        """The median of the last half of the values: start-up is left out."""
+        return float(np.median(self.values[len(self.values) // 2 :]))
 
 
 class Table(NamedTuple):
@@ -37,12 +58,15 @@ class Lines(NamedTuple):
     broken: int
 
 
+_Collected = dict[str, tuple["array[int]", "array[float]"]]  # steps and values by metric
+
+
 def read_lines(path: Path, on_read: Callable[[int], object] = lambda size: None) -> Lines:
     """Read a metrics.jsonl, which may be growing. Of lines of one step the later wins, for each metric alone.
 
     `on_read` is told now and then how many bytes have been read since it was last told. Raises OSError.
     """
-    collected: dict[str, tuple[array, array]] = {}
+    collected: _Collected = {}
     tables: dict[str, Table] = {}
     broken = untold = 0
     with path.open("rb") as stream:
@@ -75,7 +99,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return metrics if 0 <= step <= _LARGEST_STEP else None
 
 
-def _collect(metrics: dict[str, Any], collected: dict[str, tuple[array, array]], tables: dict[str, Table]) -> None:
+def _collect(metrics: dict[str, Any], collected: _Collected, tables: dict[str, Table]) -> None:
     step = metrics.pop("step")
     for name, value in metrics.items():
         if value is None or type(value) in (float, int):
@@ -88,7 +112,7 @@ def _collect(metrics: dict[str, Any], collected: dict[str, tuple[array, array]],
             tables[name] = Table(step, value)
 
 
-def _series(steps: array, values: array) -> Series:
+def _series(steps: array[int], values: array[float]) -> Series:
     step_array, value_array = np.frombuffer(steps, np.int64), np.frombuffer(values, np.float64)
     if (np.diff(step_array) > 0).all():
         return Series(step_array, value_array)

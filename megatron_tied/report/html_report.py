@@ -11,13 +11,12 @@ from markupsafe import Markup
 
 from megatron_tied.report.bank_charts import bank_charts, tied_group_charts
 from megatron_tied.report.chart import Chart, Runs
-from megatron_tied.report.chart_style import Key, run_colour
-from megatron_tied.report.figure_text import NOT_LOGGED, run_names
+from megatron_tied.report.chart_style import Drawing, Key, run_colour
+from megatron_tied.report.figure_text import NOT_LOGGED, remarks, run_names
 from megatron_tied.report.history import RunHistory
 from megatron_tied.report.report_charts import loss_charts, routing_charts, speed_charts
 from megatron_tied.report.run_figures import row_groups
 from megatron_tied.report.svg import inline_svg, width_pixels
-from megatron_tied.report.terminal_report import remarks
 
 _TEMPLATE = "report.html.j2"
 _SECTIONS = (
@@ -104,11 +103,14 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _section(anchor: str, title: str, charts: Sequence[Chart]) -> Section:
-    drawn = [_drawn(chart, f"{anchor}{place}") for place, chart in enumerate(charts) if chart.drawing is not None]
+    drawn = [
+        _drawn(chart, chart.drawing, f"{anchor}{place}")
+        for place, chart in enumerate(charts)
+        if chart.drawing is not None
+    ]
     return Section(anchor, title, drawn, [chart.title for chart in charts if chart.drawing is None])
 
 
-def _drawn(chart: Chart, name: str) -> DrawnChart:
-    figure, keys = chart.drawing.figure, chart.drawing.keys
-    width = width_pixels(figure)
-    return DrawnChart(chart.title, chart.reading, Markup(inline_svg(figure, name)), width, width > _WIDE, keys)
+def _drawn(chart: Chart, drawing: Drawing, name: str) -> DrawnChart:
+    svg, width = Markup(inline_svg(drawing.figure, name)), width_pixels(drawing.figure)
+    return DrawnChart(chart.title, chart.reading, svg, width, width > _WIDE, drawing.keys)

@@ -11,7 +11,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megatron_tied.report.chart_style import Drawing, Key, new_figure, run_colour, run_keys
 from megatron_tied.report.curves import smoothed, thinned
-from megatron_tied.report.history import finite_part
 from megatron_tied.report.history_lines import Series
 from megatron_tied.report.svg import CARD, INK
 
@@ -48,7 +47,7 @@ def line_chart(
 
     solid, dashed: what such lines mean. without_start: the values of the first steps may lie above the chart.
     """
-    drawn = [(curve, finite) for curve in curves if (finite := finite_part(curve.series)) is not None]
+    drawn = [(curve, finite) for curve in curves if (finite := curve.series.finite()) is not None]
     if not drawn:
         return None
     figure, axes = new_figure()

@@ -9,9 +9,8 @@ from megatron_tied.report.chart import Chart, Runs
 from megatron_tied.report.chart_style import Drawing, of_heat_map, shortened
 from megatron_tied.report.charts import Bar, bar_chart
 from megatron_tied.report.curves import difference
-from megatron_tied.report.history import RunHistory, finite_part
-from megatron_tied.report.history_lines import Series
-from megatron_tied.report.line_charts import Curve
+from megatron_tied.report.history import RunHistory
+from megatron_tied.report.line_charts import Curve, line_chart
 from megatron_tied.report.run_figures import peak_memory, state_memory, time_split
 
 _SMOOTH = "Faint: as logged; strong: the mean with the points around."
@@ -25,7 +24,9 @@ def loss_charts(runs: Runs) -> list[Chart]:
         Chart(
             "Cross entropy",
             f"Lower is better; training is without router losses, its start may lie above the chart. {_SMOOTH}",
-            runs.lines(training, "cross entropy", solid="training", dashed="validation", without_start=True),
+            line_chart(
+                runs.names, training, "cross entropy", solid="training", dashed="validation", without_start=True
+            ),
         )
     ]
     if len(runs.histories) > 1:
@@ -36,13 +37,13 @@ def loss_charts(runs: Runs) -> list[Chart]:
                 _loss_differences(runs),
             )
         )
-    gradient = runs.lines(runs.curves("grad_norm", smooth=True), "gradient norm", from_zero=True)
+    gradient = line_chart(runs.names, runs.curves("grad_norm", smooth=True), "gradient norm", from_zero=True)
     return [*charts, Chart("Gradient norm", f"Spikes are steps that upset training. {_SMOOTH}", gradient)]
 
 
 def speed_charts(runs: Runs) -> list[Chart]:
     """Tokens per second, where the time goes, and memory beside its plan."""
-    speed = runs.lines(runs.curves("tokens_per_second", smooth=True), "tokens/s", from_zero=True)
+    speed = line_chart(runs.names, runs.curves("tokens_per_second", smooth=True), "tokens/s", from_zero=True)
     return [
         Chart("Tokens per second", f"Higher is better. {_SMOOTH}", speed),
         Chart(
@@ -73,7 +74,8 @@ def routing_charts(runs: Runs) -> list[Chart]:
         Chart(
             "Uneven load (max_vio)",
             "How much more than the mean the busiest expert of a layer gets; 0 is even, 1 is twice the mean.",
-            runs.lines(
+            line_chart(
+                runs.names,
                 pair("max_vio", "max_vio_worst"),
                 "max_vio",
                 solid="mean of layers",
@@ -84,36 +86,36 @@ def routing_charts(runs: Runs) -> list[Chart]:
         Chart(
             "Entropy of the routers",
             "Of a token: 0 is a sure router, 1 an undecided one; of the mean: 1 where all experts are used alike.",
-            runs.lines(
-                pair("token_entropy", "mean_entropy"), "share of ln E", solid="of a token", dashed="of the mean"
+            line_chart(
+                runs.names,
+                pair("token_entropy", "mean_entropy"),
+                "share of ln E",
+                solid="of a token",
+                dashed="of the mean",
             ),
         ),
         Chart(
             "Dead experts",
             "The fraction of experts that had no token for a while, mean of the layers; 0 is best.",
-            runs.lines(runs.curves("routing/dead_fraction"), "fraction of experts", from_zero=True),
+            line_chart(runs.names, runs.curves("routing/dead_fraction"), "fraction of experts", from_zero=True),
         ),
         Chart(
             "Dropped assignments",
             "The fraction of assignments of a token to an expert that capacity cut off; 0 is best.",
-            runs.lines(runs.curves("routing/dropped"), "fraction of assignments", from_zero=True),
+            line_chart(runs.names, runs.curves("routing/dropped"), "fraction of assignments", from_zero=True),
         ),
     ]
     return [*charts, *(_load_chart(name, run) for name, run in zip(runs.names, runs.histories, strict=True))]
 
 
 def _loss_differences(runs: Runs) -> Drawing | None:
-    first = _loss(runs.histories[0])
+    first = runs.histories[0].finite("lm_loss")
     curves = []
     for run, history in enumerate(runs.histories[1:], start=1):
-        series = _loss(history)
+        series = history.finite("lm_loss")
         apart = difference(series, first) if first is not None and series is not None else None
         curves += [] if apart is None else [Curve(run, apart, smooth=True)]
-    return runs.lines(curves, "cross entropy - first run's", zero_line=True)
-
-
-def _loss(history: RunHistory) -> Series | None:
-    return finite_part(history.series.get("lm_loss"))
+    return line_chart(runs.names, curves, "cross entropy - first run's", zero_line=True)
 
 
 def _time_bars(runs: Runs) -> list[Bar]:

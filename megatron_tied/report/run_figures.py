@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_tied.report.figure_text import NOT_LOGGED, bank_name, number, percent, signed
-from megatron_tied.report.history import Point, RunHistory, finite_part
+from megatron_tied.report.history import RunHistory
+from megatron_tied.report.history_lines import Point
 
-TIME_PARTS = ("data", "forward", "backward", "reduce", "optimizer", "other")
-AGREEMENTS = {"top1": "same favourite expert", "overlap": "top-k in common", "distinct": "few distinct experts"}
+_TIME_PARTS = ("data", "forward", "backward", "reduce", "optimizer", "other")
+_AGREEMENTS = {"top1": "same favourite expert", "overlap": "top-k in common", "distinct": "few distinct experts"}
 
 
 class Cell(NamedTuple):
@@ -78,11 +79,7 @@ def row_groups(runs: Sequence[RunHistory]) -> list[RowGroup]:
             [
                 row("tokens/s (median)", _speed, _ratio(lambda run: run.settled("tokens_per_second"))),
                 row("peak memory, GB", _against_plan(peak_memory, "planned_memory_gb"), _ratio(peak_memory)),
-                row(
-                    "weights, optimizer, GB",
-                    _against_plan(state_memory, "planned_states_gb"),
-                    _ratio(state_memory),
-                ),
+                row("weights, optimizer, GB", _against_plan(state_memory, "planned_states_gb"), _ratio(state_memory)),
                 row("step time", _time_split),
             ],
         ),
@@ -95,10 +92,7 @@ def row_groups(runs: Sequence[RunHistory]) -> list[RowGroup]:
                 row("assignments dropped", lambda run: _percent_of(run.last("routing/dropped"))),
             ],
         ),
-        RowGroup(
-            "Agreement, 0 to 1",
-            [row(label, _agreement(kind)) for kind, label in AGREEMENTS.items()],
-        ),
+        RowGroup("Agreement, 0 to 1", [row(label, _agreement(kind)) for kind, label in _AGREEMENTS.items()]),
         RowGroup("Banks", [row("update / weight norm", _update_ratios)]),
     ]
 
@@ -116,7 +110,7 @@ def state_memory(run: RunHistory) -> float | None:
 
 def time_split(run: RunHistory) -> dict[str, float]:
     """Seconds a step by part, medians of the last half; only the parts that were logged."""
-    parts = {part: run.settled(f"time/{part}") for part in TIME_PARTS}
+    parts = {part: run.settled(f"time/{part}") for part in _TIME_PARTS}
     return {part: seconds for part, seconds in parts.items() if seconds is not None}
 
 
@@ -149,14 +143,14 @@ def _loss_difference(name: str) -> _Difference:
     """At the last step of which both runs have the loss: a run that is further on has had more steps to learn."""
 
     def difference(first: RunHistory, run: RunHistory) -> str:
-        ours, theirs = finite_part(run.series.get(name)), finite_part(first.series.get(name))
+        ours, theirs = run.finite(name), first.finite(name)
         if ours is None or theirs is None:
             return ""
         common, at_ours, at_theirs = np.intersect1d(ours.steps, theirs.steps, return_indices=True)
         if not len(common):
             return "no step in common"
         text = _difference(theirs.values[at_theirs[-1]], ours.values[at_ours[-1]])
-        same = common[-1] == run.last(name).step == first.last(name).step
+        same = common[-1] == run.series[name].steps[-1] == first.series[name].steps[-1]
         return text if same else f"{text} at step {common[-1]:,}"
 
     return difference

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_tied.report.figure_text import NOT_LOGGED, run_names
+from megatron_tied.report.figure_text import NOT_LOGGED, remarks, run_names
 from megatron_tied.report.history import RunHistory
 from megatron_tied.report.run_figures import Cell, row_groups
 
@@ -26,18 +26,6 @@ def terminal_report(runs: Sequence[RunHistory]) -> RenderableType:
             table.add_row(Text(f"  {row.label}"), *map(_text, row.cells))
     told = [Text(remark) for remark in remarks(runs)]
     return Group(table, *([Text(), *told] if told else ()))
-
-
-def remarks(runs: Sequence[RunHistory]) -> list[str]:
-    """What the reader should know about how the runs were read."""
-    told = []
-    for name, run in zip(run_names([run.directory for run in runs]), runs, strict=True):
-        if run.config.problem is not None:
-            told.append(f"{name}: {run.config.problem}; its metrics are reported all the same")
-        if run.broken_lines:
-            lines = "1 broken line" if run.broken_lines == 1 else f"{run.broken_lines:,} broken lines"
-            told.append(f"{name}: left out: {lines} of metrics.jsonl")
-    return told
 
 
 def _text(cell: Cell) -> Text:

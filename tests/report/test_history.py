@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_tied.errors import ConfigError
-from megatron_tied.report.history import Point, read_history
-from megatron_tied.report.history_lines import read_lines
+from megatron_tied.report.history import read_history
+from megatron_tied.report.history_lines import Point, read_lines
 from tests.report.synthetic_runs import TIED, Synthetic, topology_of, write_config, write_lines
 
 
