@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from megatron_tied.megatron_lm.arguments import flag
+
 
 class Arguments:
     """Flags, each with the values of every place that it stands in; a value is None if a file does not say it.
@@ -29,10 +31,12 @@ class Arguments:
 
     def values(self, name: str) -> tuple[str, ...] | None:
         """The values of a flag; None if it is missing, unknown, or differs from place to place."""
-        found = set(self._found.get(name, {}).values())
-        if len(found) != 1 or None in (values := found.pop()):
+        places = set(self._found.get(name, {}).values())
+        if len(places) != 1:
             return None
-        return values
+        values = places.pop()
+        known = tuple(value for value in values if value is not None)
+        return known if len(known) == len(values) else None
 
     def text(self, name: str) -> str | None:
         """The one value of a flag."""
@@ -63,8 +67,6 @@ _RENAMED = {
     "layernorm_epsilon": "--norm-epsilon",
     "num_layers_in_first_pipeline_stage": "--decoder-first-pipeline-num-layers",
     "num_layers_in_last_pipeline_stage": "--decoder-last-pipeline-num-layers",
-    "expert_tensor_parallel_size": "--expert-tensor-parallel-size",
-    "untie_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
     "fp8": "--fp8-format",
 }
 _SAID_BY_FALSE = {
@@ -74,7 +76,7 @@ _SAID_BY_FALSE = {
 
 
 def _flags_of_key(key: str, value: Any) -> Iterable[tuple[str, tuple[str, ...]]]:
-    name = _RENAMED.get(key, f"--{key.replace('_', '-')}")
+    name = _RENAMED.get(key, flag(key))
     if key in _SAID_BY_FALSE:
         return [(_SAID_BY_FALSE[key], ())] if value is False else []
     if isinstance(value, bool):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_tied.errors import ConfigError, Problem
@@ -38,9 +38,9 @@ class ConfigPatch:
 
     before: str
     after: str
-    saved: Savings | None = None
-    notes: Sequence[str] = field(default_factory=list)
-    warnings: Sequence[Problem] = field(default_factory=list)
+    saved: Savings | None
+    notes: Sequence[str]
+    warnings: Sequence[Problem]
     is_tied: bool = False
 
     @property
@@ -76,9 +76,9 @@ def _shell(path: Path, text: str, file: ShellFile, request: TieRequest, launcher
         return _launched_with_yaml(path, text, file, launcher)
     found = _tie_flags(file.arguments)
     edits = file.edits(request.missing_from(found), launcher)
-    patch = _derived(file.arguments, request)
-    notes = [*patch.notes, *_launcher_notes(file, launcher)]
-    return ConfigPatch(text, apply_edits(text, edits), patch.saved, notes, patch.warnings, bool(found))
+    saved, notes = _savings(file.arguments, request)
+    notes += _launcher_notes(file, launcher)
+    return ConfigPatch(text, apply_edits(text, edits), saved, notes, _warnings(file.arguments, request), bool(found))
 
 
 def _launched_with_yaml(path: Path, text: str, file: ShellFile, launcher: bool) -> ConfigPatch:
@@ -89,7 +89,7 @@ def _launched_with_yaml(path: Path, text: str, file: ShellFile, launcher: bool) 
     named = file.arguments.text(YAML_CFG) or "the file"
     notes = [f"the tie groups belong into {named}, which {YAML_CFG} names: patch it, too"]
     tied = any(launch.is_tied for launch in file.launches)
-    return ConfigPatch(text, after, None, [*notes, *_launcher_notes(file, launcher)], is_tied=tied)
+    return ConfigPatch(text, after, None, [*notes, *_launcher_notes(file, launcher)], [], tied)
 
 
 def _check_started(launches: Sequence[Launch]) -> None:
@@ -122,16 +122,17 @@ def _yaml(path: Path, text: str, request: TieRequest, launcher: bool) -> ConfigP
     file = read_yaml(text)
     if file is None:
         raise ConfigError(Problem("FILE", str(path), _NO_EXPERTS.format(f"{ANCHOR} or num_moe_experts")))
-    patch = _derived(file.arguments, request)
+    saved, notes = _savings(file.arguments, request)
+    warnings = _warnings(file.arguments, request)
     if file.kind == "bridge":
-        notes = [*patch.notes, *lines_for_recipe(request.tie, file.arguments.number("--num-layers"))]
-        return ConfigPatch(text, text, patch.saved, notes, patch.warnings)
+        notes += lines_for_recipe(request.tie, file.arguments.number("--num-layers"))
+        return ConfigPatch(text, text, saved, notes, warnings)
     found = _tie_flags(file.arguments)
     wanted = request.missing_from(found)
     keys = wanted if file.kind == "flags" or not wanted else request.keys()
     after = apply_edits(text, file.edits(keys))
-    notes = [*patch.notes, *([f"the script that reads this file needs: {LINE_TO_ADD}"] if launcher else [])]
-    return ConfigPatch(text, after, patch.saved, notes, patch.warnings, bool(found))
+    notes += [f"the script that reads this file needs: {LINE_TO_ADD}"] if launcher else []
+    return ConfigPatch(text, after, saved, notes, warnings, bool(found))
 
 
 def _deepspeed(text: str, request: TieRequest) -> ConfigPatch:
@@ -141,33 +142,29 @@ def _deepspeed(text: str, request: TieRequest) -> ConfigPatch:
     file = read_deepspeed(text)
     keys = " ".join(f"tie.{name}={value}" for name, value in zip(request.stated, request.keys().values(), strict=True))
     notes = [*file.reasons, f"a ds_config has no place for the tie groups: say them in the run config, {keys}"]
-    warnings = []
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if "activation_checkpointing" in config and stage not in (0, "auto"):
-        valid = (
-            f"with ZeRO {stage} reentrant recompute loses gradients of tied experts outside of this project's engine: "
-            "use model.recompute_granularity of the run config"
-        )
-        warnings.append(Problem("activation_checkpointing", "in this file", valid))
-    return ConfigPatch(text, file.changed, None, notes, warnings)
+    return ConfigPatch(text, file.changed, None, notes, file.warnings)
 
 
-def _derived(arguments: Arguments, request: TieRequest) -> ConfigPatch:
-    """What the arguments say about the model: savings, conflicts, and what they leave unsaid."""
+def _warnings(arguments: Arguments, request: TieRequest) -> list[Problem]:
+    """What conflicts with tied experts. Raises ConfigError if the tie groups do not fit the layers."""
     layers = arguments.number("--num-layers")
     topology = None
     if layers and not unknown_layers(arguments):
         topology = TieTopology.build(request.tie, layers, moe_layers(arguments, layers))
-    warnings = list(conflicts(arguments, topology))
+    return list(conflicts(arguments, topology))
+
+
+def _savings(arguments: Arguments, request: TieRequest) -> tuple[Savings | None, list[str]]:
+    """What tying saves, or a note on why that is not said."""
     if hybrid := next((name for name in HYBRID if name in arguments), None):
-        return ConfigPatch("", "", None, [f"what tying saves is not counted: {hybrid} makes another model"], warnings)
+        return None, [f"what tying saves is not counted: {hybrid} makes another model"]
     if lacking := missing(arguments):
         told = "; ".join(why_missing(arguments, name) for name in lacking)
-        return ConfigPatch("", "", None, [f"what tying saves is not known: {told}"], warnings)
+        return None, [f"what tying saves is not known: {told}"]
     try:
-        return ConfigPatch("", "", savings(derive(arguments), request.tie, arguments), [], warnings)
+        return savings(derive(arguments), request.tie, arguments), []
     except ConfigError as error:
-        return ConfigPatch("", "", None, [f"what tying saves is not counted: {error}"], warnings)
+        return None, [f"what tying saves is not counted: {error}"]
 
 
 def _tie_flags(arguments: Arguments) -> dict[str, str | None]:

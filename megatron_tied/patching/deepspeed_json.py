@@ -33,16 +33,18 @@ _RENAMED = {"bfloat16": "bf16"}
 
 @dataclass(frozen=True)
 class DeepSpeedFile:
-    """A ds_config, the text of one that works with tied experts, and why each change is made."""
+    """The text of a ds_config that works with tied experts, why each change is made, and what is left to the user."""
 
-    text: str
     changed: str
     reasons: Sequence[str]
+    warnings: Sequence[Problem]
 
 
 def read_deepspeed(text: str) -> DeepSpeedFile:
     """What is to be changed in a ds_config. Raises ConfigError if it is no JSON, or cannot be changed safely."""
-    changed, reasons, touched = text, [], set()
+    changed = text
+    reasons: list[str] = []
+    touched: set[tuple[str, ...]] = set()
     # One at a time: a change moves what stands behind it, and may be the neighbour of the next.
     while problem := next(_problems(scan_json(changed)[0]), None):
         path = tuple(problem.field.removeprefix("deepspeed.").split("."))
@@ -53,13 +55,23 @@ def read_deepspeed(text: str) -> DeepSpeedFile:
         changed = apply_edits(changed, [edit])
         reasons.append(f"{'.'.join(path)} = {problem.value!r}: {problem.valid}; {now}")
     _prove(text, changed, touched)
-    return DeepSpeedFile(text, changed, reasons)
+    return DeepSpeedFile(changed, reasons, list(_warnings(scan_json(text)[0])))
 
 
 def is_ds_config(config: Mapping[str, Any]) -> bool:
     """Whether an object has a key that only a ds_config has."""
     known = ("zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     return any(key in config for key in known)
+
+
+def _warnings(config: Mapping[str, Any]) -> Iterator[Problem]:
+    stage = _without_auto(config).get("zero_optimization", {}).get("stage", 0)
+    if "activation_checkpointing" in config and stage != 0:
+        valid = (
+            f"with ZeRO {stage} reentrant recompute loses gradients of tied experts outside of this project's engine: "
+            "use model.recompute_granularity of the run config"
+        )
+        yield Problem("activation_checkpointing", "in this file", valid)
 
 
 def _problems(config: Mapping[str, Any]) -> Iterator[Problem]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import operator
 import re
+from collections.abc import Callable
 from typing import Any
 
-_OPERATIONS = {
+_OPERATIONS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -51,7 +52,7 @@ def _of(node: ast.expr) -> Any:
     raise ValueError(f"{ast.dump(node)} is no sum, product or list of integers")
 
 
-def _combined(operation: Any, left: Any, right: Any) -> Any:
+def _combined(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
     if operation is operator.mul and any(isinstance(side, list) for side in (left, right)):
         count, items = (left, right) if isinstance(left, int) else (right, left)
         if not isinstance(count, int) or len(items) * count > _LONGEST:

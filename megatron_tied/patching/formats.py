@@ -28,8 +28,6 @@ _BY_SUFFIX = {
     ".slurm": Format.SHELL,
     ".sbatch": Format.SHELL,
 }
-
-
 _OTHERS = frozenset({".ipynb", ".md", ".py", ".rst", ".toml"})
 
 

@@ -62,7 +62,8 @@ class _Scanner:
         return value
 
     def blank(self) -> None:
-        self.at = _BLANK.match(self.text, self.at).end()
+        if match := _BLANK.match(self.text, self.at):
+            self.at = match.end()
 
     def wrong(self, valid: str) -> ConfigError:
         said = self.text[self.at : self.at + 20].split("\n")[0]
@@ -116,4 +117,5 @@ class _Scanner:
         if match is None:
             raise self.wrong("must be a name or text in double quotes")
         self.at = match.end()
-        return json.loads(match.group(), strict=False)
+        said: str = json.loads(match.group(), strict=False)
+        return said

@@ -41,8 +41,8 @@ class Launch:
         return _CONVERTS.search(self.name.rpartition("/")[2]) is not None
 
 
-def launches(group: Group, variables: Variables) -> list[Launch]:
-    """The starts of Python files by the words of `group`: none, or one."""
+def launch_in(group: Group, variables: Variables) -> Launch | None:
+    """The start of a Python file by the words of `group`, if there is one."""
     for position, word in enumerate(group.words):
         path = _python_file(word, variables)
         if path is None:
@@ -53,14 +53,14 @@ def launches(group: Group, variables: Variables) -> list[Launch]:
         name = path.rpartition("/")[2]
         by_variable = before[:1] and before[0].startswith("$") and _TRAINS.fullmatch(name)
         if starts is None and not others and not by_variable:
-            return []
+            return None
         if _MODULE in before:
-            return [Launch(name, word, is_tied=True)]
+            return Launch(name, word, is_tied=True)
         # Without it this one puts --local-rank between a module and its arguments, where our launcher has its script.
         options = f"--use_env {LAUNCHER}" if _LEGACY in before and not _ENVIRONMENT & set(before) else LAUNCHER
         safe = starts is not None and not others and _is_plain(before[starts:]) and _TRAINS.fullmatch(name)
-        return [Launch(name, word if safe else None, options, by_deepspeed="deepspeed" in others)]
-    return []
+        return Launch(name, word if safe else None, options, by_deepspeed="deepspeed" in others)
+    return None
 
 
 def _python_file(word: Word, variables: Variables) -> str | None:

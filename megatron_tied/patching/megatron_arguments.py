@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.megatron_lm.arguments import flag
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.models.latent_attention import LatentSizes
 from megatron_tied.patching.arguments import Arguments
@@ -171,28 +172,26 @@ def _vocab_size(arguments: Arguments, tensor_parallel: int) -> int | None:
 
 
 def _model_fields(arguments: Arguments) -> dict[str, Any]:
-    numbers = {name: arguments.number(f"--{name.replace('_', '-')}") for name in _NUMBERS}
-    layers = numbers["num_layers"]
-    gated = any(name in arguments for name in _GATED)
-    hidden = numbers["hidden_size"]
-    if numbers["ffn_hidden_size"] is None:
-        numbers["ffn_hidden_size"] = int(4 * hidden * 2 / 3 / 64) * 64 if "--swiglu" in arguments else 4 * hidden
+    read = {name: arguments.number(flag(name)) for name in _NUMBERS}
+    numbers = {name: number for name, number in read.items() if number is not None}
+    wide = 4 * numbers["hidden_size"]
+    numbers.setdefault("ffn_hidden_size", int(wide * 2 / 3 / 64) * 64 if "--swiglu" in arguments else wide)
     topk = arguments.number("--moe-router-topk") or 2
-    shared = numbers["moe_shared_expert_intermediate_size"]
+    shared = bool(numbers.get("moe_shared_expert_intermediate_size"))
     fields = {
         **{name: value for name, value in numbers.items() if value},
         "num_moe_experts": arguments.number("--num-experts"),
-        "moe_layer_freq": moe_pattern(arguments, layers),
+        "moe_layer_freq": moe_pattern(arguments, numbers["num_layers"]),
         "moe_router_topk": topk,
         # No parameter depends on it, and without it a model with one expert a token is refused.
         "moe_router_pre_softmax": topk == 1,
         "num_query_groups": _query_groups(arguments),
         "normalization": "RMSNorm" if arguments.text("--normalization") == "RMSNorm" else "LayerNorm",
-        "gated_linear_unit": gated,
+        "gated_linear_unit": any(name in arguments for name in _GATED),
         "add_bias_linear": "--disable-bias-linear" not in arguments and not shared,
         "qk_layernorm": "--qk-layernorm" in arguments,
         "add_qkv_bias": "--add-qkv-bias" in arguments,
-        "moe_shared_expert_gate": bool(shared) and "--moe-shared-expert-gate" in arguments,
+        "moe_shared_expert_gate": shared and "--moe-shared-expert-gate" in arguments,
         "share_embeddings_and_output_weights": "--untie-embeddings-and-output-weights" not in arguments,
         "expert_backend": "sequential",
     }
@@ -223,5 +222,5 @@ def _latent_fields(arguments: Arguments) -> Iterator[tuple[str, Any]]:
     # Megatron-LM's flag has no default for the query; the planner's follows MLATransformerConfig.
     yield "q_lora_rank", arguments.number("--q-lora-rank")
     for name in LatentSizes._fields[1:]:
-        if (size := arguments.number(f"--{name.replace('_', '-')}")) is not None:
+        if (size := arguments.number(flag(name))) is not None:
             yield name, size

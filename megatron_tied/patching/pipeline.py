@@ -42,8 +42,7 @@ def layout_cut(text: str) -> tuple[int, ...]:
 def parted_groups(arguments: Arguments, topology: TieTopology) -> str | None:
     """What the launcher will do about tie groups that stages part, or None where none is parted."""
     cut = pipeline_cut(arguments, topology.num_layers)
-    banks = straddling(topology, cut) if cut else []
-    if not banks:
+    if cut is None or not (banks := straddling(topology, cut)):
         return None
     parted = ", ".join(str(list(bank.layers)) for bank in banks[:_TOLD])
     parted += f" and {len(banks) - _TOLD} more" if len(banks) > _TOLD else ""

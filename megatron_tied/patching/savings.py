@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from megatron_tied.patching.arguments import Arguments
 from megatron_tied.patching.megatron_arguments import DerivedModel, count_of
 from megatron_tied.patching.pipeline import pipeline_cut
-from megatron_tied.planner.layout import Layout
 from megatron_tied.planner.pipeline import aligned_cut, straddling
 from megatron_tied.planner.plan import gigabytes
 from megatron_tied.planner.sharding import local_elements, stage_tensors
@@ -141,8 +140,7 @@ def _state_bytes(experts: int, others: int, derived: DerivedModel) -> int:
 
 
 def _expert_data_parallel(derived: DerivedModel) -> int:
-    layout: Layout = derived.layout
-    return max(1, layout.expert_data_parallel // derived.expert_tensor_parallel)
+    return max(1, derived.layout.expert_data_parallel // derived.expert_tensor_parallel)
 
 
 def _gradient_traffic(experts: int, derived: DerivedModel, arguments: Arguments) -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.patching.arguments import Arguments
 from megatron_tied.patching.edits import Edit, apply_edits, line_around, line_number
-from megatron_tied.patching.launcher import Launch, launches
+from megatron_tied.patching.launcher import Launch, launch_in
 from megatron_tied.patching.shell_variables import Variables, followed
 from megatron_tied.patching.shell_words import Group, Script, Word, scan_arguments, scan_script
 
@@ -82,7 +82,8 @@ def read_shell(script: Script) -> ShellFile:
             printed = group.end
         if group.start < printed:
             continue
-        found += launches(group, variables)
+        if launch := launch_in(group, variables):
+            found.append(launch)
         for place in _flags(group, index):
             name, values = _read(group, place, variables)
             arguments.add(name, values, source=index)

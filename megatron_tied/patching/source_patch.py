@@ -127,11 +127,13 @@ def stored_patches(directory: Path | None = None) -> list[SourcePatch]:
 
 def stated_version(text: str) -> str | None:
     """The version that the text of `VERSION_FILE` states, such as 0.16.1 or 0.17.0rc0; None if it states none."""
-    parts = [re.search(rf"^{name} = (\d+)$", text, re.MULTILINE) for name in ("MAJOR", "MINOR", "PATCH")]
-    if not all(parts):
+    names = ("MAJOR", "MINOR", "PATCH")
+    found = (re.search(rf"^{name} = (\d+)$", text, re.MULTILINE) for name in names)
+    parts = [match[1] for match in found if match]
+    if len(parts) < len(names):
         return None
     pre_release = re.search(r"^PRE_RELEASE = ['\"](.*)['\"]$", text, re.MULTILINE)
-    return ".".join(part[1] for part in parts) + (pre_release[1] if pre_release else "")
+    return ".".join(parts) + (pre_release[1] if pre_release else "")
 
 
 def _shipped() -> Path:

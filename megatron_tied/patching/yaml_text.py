@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 import yaml
 
@@ -11,19 +13,14 @@ from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.patching.edits import Edit, apply_edits, line_around
 
 
-class Anchor(NamedTuple):
-    """The key of a mapping that ours go next to."""
+@dataclass(frozen=True)
+class Anchor:
+    """The entry number `index` of a mapping, which ours go next to: its key and value."""
 
     mapping: yaml.MappingNode
     index: int
-
-    @property
-    def key(self) -> yaml.ScalarNode:
-        return self.mapping.value[self.index][0]
-
-    @property
-    def value(self) -> yaml.Node:
-        return self.mapping.value[self.index][1]
+    key: yaml.ScalarNode
+    value: yaml.Node
 
 
 def parse_yaml(text: str) -> yaml.Node:
@@ -54,9 +51,9 @@ def mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
 
 def anchor(mapping: yaml.MappingNode, key: str) -> Anchor | None:
     """The place of `key` in a mapping."""
-    for index, (name, _) in enumerate(mapping.value):
+    for index, (name, value) in enumerate(mapping.value):
         if isinstance(name, yaml.ScalarNode) and name.value == key:
-            return Anchor(mapping, index)
+            return Anchor(mapping, index, name, value)
     return None
 
 
@@ -72,10 +69,10 @@ def plain(node: yaml.Node) -> Any:
         return {key.value: plain(value) for key, value in node.value if isinstance(key, yaml.ScalarNode)}
     if isinstance(node, yaml.SequenceNode):
         return [plain(item) for item in node.value]
-    try:
-        return yaml.safe_load(node.value) if node.style is None else node.value
-    except yaml.YAMLError:
-        return node.value
+    if isinstance(node, yaml.ScalarNode) and node.style is None:
+        with suppress(yaml.YAMLError):
+            return yaml.safe_load(node.value)
+    return node.value
 
 
 def insertion(text: str, place: Anchor, keys: Mapping[str, str]) -> Edit:
@@ -96,7 +93,7 @@ def prove_yaml(
     text: str, root: yaml.Node, edits: Sequence[Edit], places: Sequence[Anchor], keys: Mapping[str, str]
 ) -> None:
     """Raise ConfigError unless the edited text is the old document, `root`, with `keys` after each place."""
-    added = [(("scalar", name), _shape(yaml.compose(value, Loader=yaml.SafeLoader))) for name, value in keys.items()]
+    added = [(("scalar", name), _shape(parse_yaml(value))) for name, value in keys.items()]
     after = {id(place.mapping): place.index for place in places}
     expected = _shape(root, after, added)
     try:

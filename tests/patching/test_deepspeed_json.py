@@ -81,6 +81,7 @@ def test_all_refusals_at_once() -> None:
         ('{"pipeline": {"enabled" :  true, "x": 1}}', '{"pipeline": {"enabled" :  false, "x": 1}}'),
         ('{"zero_optimization": {"stage":0}, "bf16": {"enabled": true}}', None),
         ('{"zero_optimization": {"stage": 0}}', '{"zero_optimization": {"stage": 0}}'),
+        ('{"zero_optimization": "auto"}', '{"zero_optimization": "auto"}'),
         (
             '{"bf16": {"enabled": "auto"}, "prescale_gradients": "auto"}',
             '{"bf16": {"enabled": "auto"}, "prescale_gradients": "auto"}',
