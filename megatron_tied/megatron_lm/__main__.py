@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
     try:
         prepare_training()
-        install()
+        install(script)
         run(script, argv)
     except ConfigError as error:
         return report_once(error)
@@ -58,14 +58,14 @@ def run(script: Path, argv: list[str]) -> None:
     exec(compile(script.read_bytes(), str(script), "exec"), vars(main_module))
 
 
-def install() -> None:
-    """Wrap every function that a hook names, wherever Megatron-LM will look it up.
+def install(script: Path) -> None:
+    """Wrap every function that a hook names, wherever Megatron-LM will look it up for `script`.
 
     Raises `ConfigError` if `megatron.training` is not there: the script is not Megatron-LM's.
     """
     if find_spec("megatron.training") is None:
         valid = "must be a script of a Megatron-LM tree: there is no megatron/training beside it"
-        raise ConfigError(Problem("script", sys.argv[1], valid))
+        raise ConfigError(Problem("script", str(script), valid))
     for hook in hooks.HOOKS:
         try:
             module = importlib.import_module(hook.module)

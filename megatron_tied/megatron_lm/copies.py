@@ -6,7 +6,7 @@ gradient norm and the checkpoint count the first one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -67,7 +67,7 @@ def sum_bank_copies(model_chunks: Iterable[torch.nn.Module]) -> None:
 
     `model_chunks` may be wrapped. With the distributed optimizer the sum is right in the part of the gradient that
     this rank updates: a copy has a bucket of its own, and so the same part, in every chunk. Raises `RuntimeError` for
-    a model that `tie_experts` has not seen.
+    a model that `tie_experts` has not seen, or that has no gradients.
     """
     for copy, layers in _local_copies(model_chunks):
         gradients = [[_gradient(weight) for weight in layer.experts.parameters()] for layer in layers]
@@ -88,7 +88,7 @@ def _holders(model_chunks: Sequence[MegatronModule], topology: TieTopology) -> d
     for rank, chunks in enumerate(gather_json(here, group)):
         for number, layers in enumerate(chunks):
             for layer in reversed(layers):
-                first_use.setdefault(topology.bank_of_layer[layer], {})[rank, number] = layer
+                first_use.setdefault(topology.bank(layer).index, {})[rank, number] = layer
     return {bank: tuple(sorted(uses, key=uses.__getitem__)) for bank, uses in sorted(first_use.items())}
 
 
@@ -137,27 +137,34 @@ def _local_copies(model_chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[Ban
 
 
 def _copies_of(chunk: torch.nn.Module) -> dict[TiedMoELayer, BankCopy]:
-    # Under DDP and the cast to half precision, each of which keeps what it wraps as `module`.
-    while not hasattr(chunk, "bank_copies"):
-        if not hasattr(chunk, "module"):
-            raise RuntimeError(
-                "no experts are tied in this model: the script builds it where expert tying does not reach. Give "
-                "the model chunks to megatron_tied.megatron_lm.tie_experts before they are wrapped in DDP"
-            )
-        chunk = chunk.module
-    return chunk.bank_copies
+    model: torch.nn.Module | None = chunk
+    while model is not None:
+        copies: dict[TiedMoELayer, BankCopy] | None = getattr(model, "bank_copies", None)
+        if copies is not None:
+            return copies
+        # Under DDP and the cast to half precision, each of which keeps what it wraps as `module`.
+        model = getattr(model, "module", None)
+    raise RuntimeError(
+        "no experts are tied in this model: the script builds it where expert tying does not reach. Give the model "
+        "chunks to megatron_tied.megatron_lm.tie_experts before they are wrapped in DDP"
+    )
 
 
 def _gradient(weight: torch.nn.Parameter) -> torch.Tensor:
-    gradient = getattr(weight, "main_grad", None)
-    return weight.grad if gradient is None else gradient
+    main: torch.Tensor | None = getattr(weight, "main_grad", None)
+    gradient = weight.grad if main is None else main
+    if gradient is None:
+        raise RuntimeError("the weights of an expert bank have no gradients to sum: wrap the model in Megatron's DDP")
+    return gradient
 
 
 def _global_rank(stage: int) -> int:
     return torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())[stage]
 
 
-def _with_bank_keys(sharded_state_dict: Any, copies: dict[TiedMoELayer, BankCopy], *args: Any, **kwargs: Any) -> dict:
+def _with_bank_keys(
+    sharded_state_dict: Callable[..., dict[str, Any]], copies: dict[TiedMoELayer, BankCopy], *args: Any, **kwargs: Any
+) -> dict[str, Any]:
     """The chunk's sharded state, in which every copy goes by the first one's name, as a replica of it."""
     state = sharded_state_dict(*args, **kwargs)
     for layer, copy in copies.items():

@@ -12,7 +12,17 @@ import functools
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+Function = Callable[..., Any]
+
+_MARK = "_megatron_tied"  # of a function that is wrapped
 
 
 @dataclass(frozen=True)
@@ -60,27 +70,27 @@ HOOKS = (
 )
 
 
-def is_hooked(function: Callable) -> bool:
+def is_hooked(function: Function) -> bool:
     """Whether `function` is what one of these wrappers has returned."""
-    return getattr(function, "_megatron_tied", False)
+    return hasattr(function, _MARK)
 
 
-def _hook(wrapper: Callable[..., Any]) -> Callable[[Callable], Callable]:
+def _hook(wrapper: Function) -> Callable[[Function], Function]:
     """Makes `wrapper(function, *args, **kwargs)` a decorator that wraps a function once."""
 
     @functools.wraps(wrapper)
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Function) -> Function:
         if is_hooked(function):
             return function
         hooked = functools.wraps(function)(functools.partial(wrapper, function))
-        hooked._megatron_tied = True
+        setattr(hooked, _MARK, True)
         return hooked
 
     return decorate
 
 
 @_hook
-def with_tie_arguments(add_moe_args: Callable, parser: ArgumentParser) -> ArgumentParser:
+def with_tie_arguments(add_moe_args: Function, parser: ArgumentParser) -> ArgumentParser:
     """Adds the `--moe-tie-*` flags."""
     from megatron_tied.megatron_lm.arguments import add_tie_arguments
 
@@ -88,7 +98,7 @@ def with_tie_arguments(add_moe_args: Callable, parser: ArgumentParser) -> Argume
 
 
 @_hook
-def with_tie_checks(validate: Callable, args: Namespace, *more: Any, **kwargs: Any) -> Any:
+def with_tie_checks(validate: Function, args: Namespace, *more: Any, **kwargs: Any) -> Any:
     """Refuses what contradicts the topology, and aligns the pipeline's stages with the tie groups."""
     from megatron_tied.megatron_lm.validation import check_and_align, check_resolved
 
@@ -99,7 +109,7 @@ def with_tie_checks(validate: Callable, args: Namespace, *more: Any, **kwargs: A
 
 
 @_hook
-def with_yaml_checks(validate: Callable, args: Namespace, *more: Any, **kwargs: Any) -> Any:
+def with_yaml_checks(validate: Function, args: Namespace, *more: Any, **kwargs: Any) -> Any:
     """Refuses what contradicts the topology of a `--yaml-cfg` file, whose sections Megatron-LM makes one namespace."""
     from megatron_tied.megatron_lm.validation import check_resolved
 
@@ -109,7 +119,9 @@ def with_yaml_checks(validate: Callable, args: Namespace, *more: Any, **kwargs: 
 
 
 @_hook
-def with_tied_layers(block_spec: Callable, config: Any, *args: Any, **kwargs: Any) -> Any:
+def with_tied_layers(
+    block_spec: Function, config: TransformerConfig, *args: Any, **kwargs: Any
+) -> TransformerBlockSubmodules:
     """Puts `TiedMoELayer` in the layers of a decoder block's spec."""
     from megatron.training import get_args
 
@@ -124,7 +136,7 @@ def with_tied_layers(block_spec: Callable, config: Any, *args: Any, **kwargs: An
 
 
 @_hook
-def with_tied_chunks(get_model: Callable, provider: Callable, *args: Any, **kwargs: Any) -> Any:
+def with_tied_chunks(get_model: Function, provider: Function, *args: Any, **kwargs: Any) -> Any:
     """Ties the model chunks after they are built and before they are cast and wrapped: a pre-wrap hook."""
     from megatron.training import get_args
 
@@ -135,11 +147,11 @@ def with_tied_chunks(get_model: Callable, provider: Callable, *args: Any, **kwar
     from megatron_tied.megatron_lm.tie import tie_experts
 
     topology = topology_from_args(get_args())
-    chunks: list = []
+    chunks: list[MegatronModule] = []
     is_pipeline = get_args().pipeline_model_parallel_size > 1
     count = (is_pipeline and get_args().virtual_pipeline_model_parallel_size) or 1
 
-    def provide(*provider_args: Any, **provider_kwargs: Any) -> Any:
+    def provide(*provider_args: Any, **provider_kwargs: Any) -> MegatronModule:
         chunks.append(provider(*provider_args, **provider_kwargs))
         # Banks may span the chunks of this stage: they are tied when the last one is there.
         if len(chunks) == count:
@@ -150,7 +162,9 @@ def with_tied_chunks(get_model: Callable, provider: Callable, *args: Any, **kwar
 
 
 @_hook
-def with_bank_learning_rates(optimizer_config: Callable, args: Namespace) -> tuple:
+def with_bank_learning_rates(
+    optimizer_config: Function, args: Namespace
+) -> tuple[OptimizerConfig, dict[ParamKey, dict[str, Any]] | None]:
     """Divides the learning rates of tied banks."""
     from megatron_tied.megatron_lm.arguments import ties, topology_from_args
 
@@ -163,7 +177,7 @@ def with_bank_learning_rates(optimizer_config: Callable, args: Namespace) -> tup
 
 
 @_hook
-def with_bank_copies_summed(finalize: Callable, model: list, *args: Any, **kwargs: Any) -> Any:
+def with_bank_copies_summed(finalize: Function, model: list[MegatronModule], *args: Any, **kwargs: Any) -> Any:
     """Sums the gradients of banks of which several pipeline stages hold a copy."""
     from megatron.training import get_args
 
@@ -178,7 +192,7 @@ def with_bank_copies_summed(finalize: Callable, model: list, *args: Any, **kwarg
 
 
 @_hook
-def with_banks_counted_once(weight_memory: Callable, args: Namespace, *more: Any, **kwargs: Any) -> Any:
+def with_banks_counted_once(weight_memory: Function, args: Namespace, *more: Any, **kwargs: Any) -> Any:
     """The theoretical memory report, with the experts of a bank counted once."""
     from megatron_tied.megatron_lm.arguments import ties
 
@@ -191,13 +205,15 @@ def with_banks_counted_once(weight_memory: Callable, args: Namespace, *more: Any
 
 
 @_hook
-def with_banks_compared(load_base: Callable, load_dir: str, args: Namespace, *more: Any, **kwargs: Any) -> tuple:
+def with_banks_compared(
+    load_base: Function, load_dir: str, args: Namespace, *more: Any, **kwargs: Any
+) -> tuple[Any, ...]:
     """Refuses a checkpoint of other banks, by the arguments that are saved in it: before any tensor is looked for."""
     import torch
 
     from megatron_tied.megatron_lm.validation import check_same_banks
 
-    loaded = load_base(load_dir, args, *more, **kwargs)
+    loaded: tuple[Any, ...] = load_base(load_dir, args, *more, **kwargs)
     state = loaded[0]
     # Before there are process groups, --use-checkpoint-args takes the model's shape from it, not yet the model.
     if state and "args" in state and torch.distributed.is_initialized():

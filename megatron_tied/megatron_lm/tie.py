@@ -15,6 +15,8 @@ from megatron_tied.layers.moe_layer import TiedMoELayer, tied_layers
 from megatron_tied.megatron_lm.copies import place_copies
 from megatron_tied.topology import TieTopology
 
+_ALWAYS_ADDS = "disable_parameter_transpose_cache"  # of Transformer Engine's linear layers
+
 
 def tie_experts(model_chunks: list[MegatronModule], topology: TieTopology) -> list[MegatronModule]:
     """Tie the experts of this pipeline stage's model chunks, in place; returns `model_chunks`.
@@ -41,7 +43,7 @@ def _tie_chunk(chunk: MegatronModule, topology: TieTopology) -> None:
     # Layers of one form cannot hold banks in a distributed checkpoint: each is to have keys of its own.
     chunk.config.hetereogenous_dist_checkpoint = True
     banks = ExpertBanks(topology)
-    for index, layer in moe_layers(chunk):
+    for index, layer in _moe_layers(chunk):
         if topology.bank_of_layer[index] is None:
             valid = "is an MoE layer of the model: the topology must give it a bank"
             raise ConfigError(Problem("topology.bank_of_layer", f"None for layer {index}", valid))
@@ -63,11 +65,11 @@ def _add_to_main_grad(experts: torch.nn.Module) -> None:
     micro-batch, and a bank has a module for every layer. Without the flag for it they always add.
     """
     for module in experts.modules():
-        if hasattr(module, "disable_parameter_transpose_cache"):
-            module.disable_parameter_transpose_cache = True
+        if hasattr(module, _ALWAYS_ADDS):
+            setattr(module, _ALWAYS_ADDS, True)
 
 
-def moe_layers(chunk: torch.nn.Module) -> Iterator[tuple[int, MoELayer]]:
+def _moe_layers(chunk: MegatronModule) -> Iterator[tuple[int, MoELayer]]:
     """The chunk's MoE decoder layers, each with its number in the whole model, from 0."""
     # The language model of a multimodal one keeps its decoder to itself.
     holder = chunk if hasattr(chunk, "decoder") else chunk.language_model

@@ -112,19 +112,19 @@ def _too_few_experts(args: Namespace, topology: TieTopology) -> Iterator[Problem
 
 def _refused_with_copies(args: Namespace) -> Iterator[Problem]:
     """What Megatron-Core does not do right for weights of which several stages hold a copy."""
-    where = "cannot be used where pipeline stages hold copies of a bank: set --moe-tie-pipeline align, or it"
     for name, reason in (
         ("log_params_norm", "asserts that no expert is shared"),
         ("fp8_param_gather", "updates copies from values that were drawn on each stage"),
         ("fp4_param_gather", "updates copies from values that were drawn on each stage"),
     ):
         if value := getattr(args, name, None):
-            yield Problem(flag(name), value, f"{where} {reason}")
+            valid = f"cannot be used where pipeline stages hold copies of a bank: it {reason}"
+            yield Problem(flag(name), value, f"{valid}; take it out, or set --moe-tie-pipeline align")
 
 
 def _even_chunks(args: Namespace) -> int | None:
     """How many model chunks an even pipeline has; None without a pipeline, or when its sizes do not fit."""
-    stages = args.pipeline_model_parallel_size
+    stages: int = args.pipeline_model_parallel_size
     if stages == 1 or args.num_layers % stages:
         return None
     virtual = getattr(args, "num_virtual_stages_per_pipeline_rank", None) or 1
