@@ -38,7 +38,7 @@ if [ ! -e "$run/summary.json" ]; then
   fi
   echo "Training 200 steps on $ranks ranks ..."
   # A port that is free now: another job on this machine may hold the launcher's default.
-  port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  port=$(python -c 'from megatron_tied.training.launcher import free_port; print(free_port())')
   deepspeed --quiet --num_accelerators "$ranks" --master_port "$port" \
     --module megatron_tied.pretrain --config examples/quickstart.yaml "${overrides[@]}" "$@"
 fi

@@ -11,7 +11,7 @@ train() {  # precision ep stage
   local run=runs/precision/$1-ep$2-zero$3
   if [ ! -e "$run/summary.json" ]; then
     rm -rf "$run"
-    port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    port=$(python -c 'from megatron_tied.training.launcher import free_port; print(free_port())')
     deepspeed --quiet --num_accelerators 2 --master_port "$port" --module megatron_tied.pretrain \
       --config examples/quickstart.yaml "train.run_dir=$run" "train.precision=$1" \
       "parallel.expert_model_parallel_size=$2" "deepspeed.zero_optimization.stage=$3" \

@@ -7,9 +7,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PATH="$PWD/.venv/bin:$PATH" COLUMNS=160
 
 bench() {
-  printf '\n```\n$ megatron-tied bench %s\n' "$*" >> "$out"
-  megatron-tied bench "$@" >> "$out"
-  printf '```\n' >> "$out"
+  {
+    printf '\n```\n$ megatron-tied bench %s\n' "$*"
+    megatron-tied bench "$@"
+    printf '```\n'
+  } >> "$out"
 }
 
 shape=(--config examples/benchmarks/olmoe_shape.yaml --steps 1 --rounds 8 --no-memory)

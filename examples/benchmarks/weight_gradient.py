@@ -28,8 +28,9 @@ def main(threads: int) -> None:
     print(f"{EXPERTS} experts, {LAYERS} layers, fp32, {threads} threads; torch {torch.__version__}\n")
     print("| tokens per expert | in x out | autograd | GFLOP/s | added in place | fused |")
     print("|---|---|---|---|---|---|")
-    for tune in (lambda: print("| | | *as it is* | | | |"), _as_in_training):
+    for name, tune in (("as it is", lambda: None), ("memory used again", reuse_large_blocks)):
         tune()
+        print(f"| | | *{name}* | | | |")
         for tokens in TOKENS:
             for width, out in SHAPES:
                 seconds = measure([site(tokens, width, out) for _ in range(LAYERS)])
@@ -37,11 +38,6 @@ def main(threads: int) -> None:
                 rate = 2 * LAYERS * EXPERTS * tokens * width * out / whole / 1e9
                 shares = (f"{seconds[way] / whole:.2f}" for way in (in_place, gradient_of_all))
                 print(f"| {tokens} | {width} x {out} | {1e3 * whole:.1f} ms | {rate:.0f} | {' | '.join(shares)} |")
-
-
-def _as_in_training() -> None:
-    reuse_large_blocks()
-    print("| | | *memory used again* | | | |")
 
 
 def site(tokens: int, width: int, out: int) -> Site:

@@ -4,9 +4,8 @@
 
 Writes DIR/tables.md, with a table for each family of rows (olmoe-tiny, ablation's fine, ...), and DIR/FAMILY.png. A
 directory is a row's if it is called NAME-seedN and its last step is done; without that, or without a held-out loss that
-is finite, it is named and left out. Differences
-are to the family's first row that ties nothing (g1, untied), seed by seed, with a 95 % interval over the seeds by
-Student's t.
+is finite, it is named and left out. Differences are to the family's first row that ties nothing (g1, untied), seed by
+seed, with a 95 % interval over the seeds by Student's t.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 from description import VARIANTS
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from scipy import stats
 
 from megatron_tied.bad_input import BAD_INPUT, report
@@ -50,7 +50,7 @@ class FinishedRun:
     def settled(self, metric: str) -> float:
         """The median of the last half of a metric; NaN if it was not logged."""
         series = self.lines.series.get(metric)
-        return float("nan") if series is None else float(np.median(series.values[len(series.values) // 2 :]))
+        return float("nan") if series is None else series.settled()
 
     def mean_of(self, prefix: str) -> float:
         """The mean over layers or banks of a metric's last values; NaN if there are none."""
@@ -195,7 +195,7 @@ def plot(rows: Sequence[TableRow]) -> Figure:
     return figure
 
 
-def _curves(row: TableRow) -> tuple[np.ndarray, np.ndarray]:
+def _curves(row: TableRow) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Tokens [evaluations] of those that all seeds have, and held-out losses [seeds, evaluations]."""
     series: list[Series] = [run.lines.series["validation_loss"] for run in row.runs]
     steps = reduce(np.intersect1d, (one.steps for one in series))
