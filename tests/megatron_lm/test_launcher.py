@@ -33,6 +33,7 @@ def launch(*arguments: str, cwd: Path, rank: int = 0) -> subprocess.CompletedPro
         (("--num-layers", "2"), "usage: torchrun"),
         (("missing.py",), "missing.py: no such file"),
         (("alone.py",), "script = 'alone.py': must be a script of a Megatron-LM tree"),
+        (("--local-rank=1", "alone.py"), "script = 'alone.py': must be a script of a Megatron-LM tree"),
     ],
 )
 def test_what_is_no_script_of_megatron_lm_is_told(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:

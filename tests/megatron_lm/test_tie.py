@@ -14,6 +14,7 @@ from megatron_tied.errors import ConfigError
 from megatron_tied.layers.banks import gradient_sites
 from megatron_tied.layers.moe_layer import tied_layers
 from megatron_tied.megatron_lm import bank_learning_rates, sum_bank_copies, tie_experts
+from megatron_tied.megatron_lm.copies import BankCopy
 from megatron_tied.models.gpt import transformer_config
 from megatron_tied.models.spec import tie_layer_specs
 from tests.tiny_model import FIELDS, build, gradients, inputs, loss, model_config
@@ -202,3 +203,10 @@ def test_moe_and_dense_layers_must_be_the_models():
 def test_a_model_that_was_never_tied_is_told_at_its_first_step():
     with pytest.raises(RuntimeError, match="no experts are tied in this model"):
         sum_bank_copies([untied_model()])
+
+
+def test_copies_that_have_no_gradients_are_told():
+    (model,) = tie_experts([untied_model()], topology())
+    model.bank_copies[next(tied_layers(model))] = BankCopy(((0, 0), (1, 0)), 0, None)
+    with pytest.raises(RuntimeError, match="have no gradients to sum"):
+        sum_bank_copies([model])
