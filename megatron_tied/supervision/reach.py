@@ -23,7 +23,7 @@ _AT_ONCE = 64
 class Reach:
     """The way to every host; `ssh_port` as the launcher was told, None: ssh's own choice."""
 
-    def __init__(self, ssh_port: str | None = None):
+    def __init__(self, ssh_port: str | None):
         self._port = [] if ssh_port is None else ["-p", ssh_port]
 
     def ask(self, hosts: Sequence[str], request: Request) -> dict[str, Found | None]:

@@ -36,7 +36,7 @@ class Supervisor:
     any host that answers.
     """
 
-    def __init__(self, command: LaunchCommand, restarts: int, min_hosts: int = 1):
+    def __init__(self, command: LaunchCommand, restarts: int, min_hosts: int):
         self._command, self._restarts, self._min_hosts = command, restarts, min_hosts
         self._reach = Reach(command.ssh_port)
         self._run_dir = Path(command.config.train.run_dir)
@@ -50,14 +50,14 @@ class Supervisor:
     def run(self) -> int:
         """Returns the launcher's exit code, or 128 + its number for a signal."""
         hosts, failures = self._command.hosts, 0
-        for host, found in self._end_everything().items():
-            if found is not None and found.ranks:
-                _say(f"{found.ranks} ranks of an earlier start on {host} were ended")
+        for host, answer in self._end_everything().items():
+            if answer is not None and answer.ranks:
+                _say(f"{answer.ranks} ranks of an earlier start on {host} were ended")
         while True:
             before = self._newest_step()
             code = self._attempt(hosts)
             found = self._end_everything()
-            survivors = sum(host.ranks for host in found.values() if host)
+            survivors = sum(answer.ranks for answer in found.values() if answer)
             if self._received:
                 return 128 + self._received[0] if code is None else code
             if (code == BAD_INPUT and not failures) or (code == 0 and not survivors and self._has_ended()):
@@ -126,7 +126,7 @@ class Supervisor:
         """Signal the ranks, not the launcher, which would give them little time; False where there are none."""
         number = signal.SIGTERM if number == signal.SIGHUP else number
         found = self._reach.ask(list(hosts), Request(self._token, "signal", number))
-        return any(host.ranks for host in found.values() if host)
+        return any(answer.ranks for answer in found.values() if answer)
 
     def _end_everything(self) -> dict[str, Found | None]:
         """End what is left of the run on every host that it ever had; says what cannot be ended."""

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import psutil
@@ -41,7 +42,7 @@ def sweep(request: Request) -> Found:
     left: list[psutil.Process] = []
     if request.action == "signal":
         for rank in ranks:
-            _try(lambda rank=rank: rank.send_signal(request.number))
+            _try(partial(rank.send_signal, request.number))
     if request.action == "end":
         deadline, left = time.monotonic() + _PATIENCE_SECONDS, _processes(request.token)
         while left and time.monotonic() < deadline:
@@ -58,15 +59,13 @@ def _processes(token: str) -> list[psutil.Process]:
     marked = [process for process in psutil.process_iter() if _is_marked(process, token)]
     found = {process.pid: process for process in marked}
     for process in marked:
-        children: list[psutil.Process] = []
-        _try(lambda process=process, children=children: children.extend(process.children(recursive=True)))
-        found |= {child.pid: child for child in children if child.is_running() and _status(child) != "zombie"}
+        found |= {child.pid: child for child in _children(process) if child.is_running() and not _is_zombie(child)}
     return list(found.values())
 
 
 def _is_marked(process: psutil.Process, token: str) -> bool:
     try:
-        if process.status() == psutil.STATUS_ZOMBIE:
+        if _is_zombie(process):
             return False
         # In a shell's command line the token is a part of a word.
         return any(token in word for word in process.cmdline()) or process.environ().get(TOKEN_VARIABLE) == token
@@ -93,11 +92,19 @@ def _parent(process: psutil.Process) -> int | None:
         return None
 
 
-def _status(process: psutil.Process) -> str:
+def _children(process: psutil.Process) -> list[psutil.Process]:
     try:
-        return process.status()
+        return process.children(recursive=True)
+    except (psutil.Error, OSError):
+        return []
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    """Whether it has ended, also where its parent has not taken notice."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
     except psutil.Error:
-        return psutil.STATUS_ZOMBIE
+        return True
 
 
 def _try(act: Callable[[], object]) -> None:
