@@ -113,7 +113,7 @@ def _measure(collective: Callable[[torch.Tensor], object], group: dist.ProcessGr
     return measured
 
 
-def _all_to_all(group: dist.ProcessGroup) -> Callable[[torch.Tensor], None]:
+def _all_to_all(group: dist.ProcessGroup) -> Callable[[torch.Tensor], object]:
     return lambda buffer: dist.all_to_all_single(torch.empty_like(buffer), buffer, group=group)
 
 
@@ -124,7 +124,7 @@ def _links(rank: int, ranks: int) -> list[Link]:
     phases = [neighbours[::2], neighbours[1::2], [(ranks - 1, 0)] if ranks > 2 else []]
     links: list[Link] = []
     for pairs in phases:
-        mine = None
+        mine = 0.0
         for other in (sum(pair) - rank for pair in pairs if rank in pair):
             swap = partial(_swap, other)
             swap()
@@ -141,7 +141,7 @@ def _swap(other: int) -> None:
         pending.wait()
 
 
-def _seconds(action: Callable[[], None], repeats: int) -> float:
+def _seconds(action: Callable[[], object], repeats: int) -> float:
     _finish()
     begin = time.perf_counter()
     for _ in range(repeats):

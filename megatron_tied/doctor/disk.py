@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_tied.checkpoint.directory import CheckpointDirectory
 from megatron_tied.data.checks import cache_directory, parse_blend
 from megatron_tied.doctor.findings import Finding, Level, differences, hosts_by_value
 from megatron_tied.doctor.world import World
 from megatron_tied.errors import ConfigError
-from megatron_tied.exchange import Json
 from megatron_tied.planner.hardware import GB, load_hardware
 from megatron_tied.run_directory import CHECKPOINTS
 from megatron_tied.training.config import RunConfig
@@ -38,30 +38,47 @@ class Need:
     most: int
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a host sees: what the run writes there, and the bytes that are free for each; or why it cannot tell."""
+
+    needs: Sequence[Need] = ()
+    free: Sequence[int] = ()
+    uncounted: str = ""
+    unreadable: str = ""
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> _Seen:
+        """What another host has made of it by `asdict`."""
+        return cls(**{**told, "needs": [Need(**need) for need in told["needs"]]})
+
+
 def check_disk(world: World, config: RunConfig) -> list[Finding]:
     """Compare what the run writes with the space that is free for it on every host; a collective."""
 
-    def look() -> Json:
-        try:
-            wanted = [[vars(need), shutil.disk_usage(existing(Path(need.directory))).free] for need in needs(config)]
-        except ConfigError as error:
-            return {"uncounted": str(error)}
-        except OSError as error:
-            return {"unreadable": str(error)}
-        return {"wanted": wanted}
-
-    seen = world.on_each_host(look)
-    if uncounted := {host: told["uncounted"] for host, told in seen.items() if "uncounted" in told}:
+    told = world.on_each_host(lambda: asdict(_look(config)))
+    seen = {host: _Seen.from_json(of_host) for host, of_host in told.items()}
+    if uncounted := {host: of.uncounted for host, of in seen.items() if of.uncounted}:
         what = f"what a checkpoint takes cannot be counted: {next(iter(uncounted.values()))}"
         return [Finding(NAME, Level.WARNING, what, tuple(uncounted))]
     findings = []
-    if unreadable := {host: told["unreadable"] for host, told in seen.items() if "unreadable" in told}:
+    if unreadable := {host: of.unreadable for host, of in seen.items() if of.unreadable}:
         what = f"where the run writes cannot be looked at: {differences(hosts_by_value(unreadable))}"
         findings.append(Finding(NAME, Level.ERROR, what, tuple(unreadable), MEND))
-    readable = {host: told["wanted"] for host, told in seen.items() if "wanted" in told}
-    for place, (need, _) in enumerate(next(iter(readable.values()), [])):
-        findings += judge(Need(**need), {host: wanted[place][1] for host, wanted in readable.items()})
+    readable = {host: of for host, of in seen.items() if not of.unreadable}
+    for place, need in enumerate(next(iter(readable.values()), _Seen()).needs):
+        findings += judge(need, {host: of.free[place] for host, of in readable.items()})
     return findings
+
+
+def _look(config: RunConfig) -> _Seen:
+    try:
+        wanted = needs(config)
+        return _Seen(wanted, [shutil.disk_usage(existing(Path(need.directory))).free for need in wanted])
+    except ConfigError as error:
+        return _Seen(uncounted=str(error))
+    except OSError as error:
+        return _Seen(unreadable=str(error))
 
 
 def needs(config: RunConfig) -> list[Need]:

@@ -35,12 +35,14 @@ def examine(world: World, config: RunConfig | None) -> Iterator[Finding]:
     yield from check_versions(world)
     yield from check_clock(world)
     yield from check_limits(world)
+    expert_parallel = None
     if config is not None:
+        expert_parallel = config.parallel.expert_model_parallel_size
         yield from check_disk(world, config)
         yield from check_shared(world, config)
         yield from check_data_files(world, config)
-        yield from check_placement(world, config.parallel.expert_model_parallel_size)
-    yield from check_bandwidth(world, config and config.parallel.expert_model_parallel_size)
+        yield from check_placement(world, expert_parallel)
+    yield from check_bandwidth(world, expert_parallel)
 
 
 def check_config(world: World, config: RunConfig | None) -> list[Finding]:

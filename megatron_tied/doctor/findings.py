@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
@@ -30,10 +30,10 @@ class Finding:
 
     def to_json(self) -> dict[str, object]:
         """As an object of JSON."""
-        return asdict(self) | {"level": self.level.value, "hosts": list(self.hosts)}
+        return asdict(self)
 
     @classmethod
-    def from_json(cls, told: Mapping[str, object]) -> Finding:
+    def from_json(cls, told: Mapping[str, Any]) -> Finding:
         """What `to_json` wrote. Raises `KeyError`, `TypeError` or `ValueError` for anything else."""
         return cls(**{**told, "level": Level(told["level"]), "hosts": tuple(told["hosts"])})
 

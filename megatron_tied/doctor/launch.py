@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,17 +20,17 @@ def examine_hosts(hostfile: Path, request: Request, launcher_options: Sequence[s
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), *launcher_options]
     command += ["--module", "megatron_tied.doctor", request.encode()]
     findings: list[Finding] = []
-    others: list[str] = []
+    others: deque[str] = deque(maxlen=_LAST_LINES)
     ended = False
     launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     try:
-        for line in launcher.stdout:
+        for line in launcher.stdout or ():
             finding = read_line(line)
             ended = ended or line.rstrip().endswith(END)
             if finding is not None:
                 findings.append(finding)
             else:
-                others = [*others, line.rstrip("\n")][-_LAST_LINES:]
+                others.append(line.rstrip("\n"))
         code = launcher.wait()
     except KeyboardInterrupt:
         # The terminal has told the launcher, too: it ends what it has started on the hosts.
@@ -39,4 +40,4 @@ def examine_hosts(hostfile: Path, request: Request, launcher_options: Sequence[s
         return findings, []
     what = f"the checks did not come to their end on the hosts: the launcher ended with exit code {code}"
     remedy = "see its last lines; try by hand: ssh HOST hostname, for every host of the hostfile"
-    return [*findings, Finding(NAME, Level.ERROR, what, (), remedy)], others
+    return [*findings, Finding(NAME, Level.ERROR, what, (), remedy)], list(others)

@@ -9,10 +9,11 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import psutil
 import torch
@@ -37,6 +38,7 @@ _ALL = "all"
 _INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 
 Address = tuple[str, int]
+_Said = TypeVar("_Said", bound=Json)
 
 
 class NotMet(Exception):
@@ -69,7 +71,7 @@ class Meeting:
     @contextmanager
     def world(self) -> Iterator[World]:
         """torch.distributed among all ranks, over host memory and, where there is CUDA, its devices."""
-        hosts = list(self._exchange("host", socket.gethostname(), range(self._size)).values())
+        hosts = list(self._exchange("host", socket.gethostname, range(self._size)).values())
         self._check_ways(hosts)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -93,13 +95,13 @@ class Meeting:
                 raise NotMet([finding]) from None
             if listening is not None:
                 return listening
-        elif (finding := check_reachability(self._left())) is not None:
-            raise NotMet([finding] if tells else [])
+        elif (unreachable := check_reachability(self._left())) is not None:
+            raise NotMet([unreachable] if tells else [])
         answer = self._store_there()
         if isinstance(answer, dist.Store):
             return answer
-        finding = Finding(PORTS, Level.ERROR, f"{_master()} answers, but not as a store: {answer}", here)
-        raise NotMet([finding] if tells else [])
+        mute = Finding(PORTS, Level.ERROR, f"{_master()} answers, but not as a store: {answer}", here)
+        raise NotMet([mute] if tells else [])
 
     def _store_there(self) -> dist.Store | str:
         """The store at the launcher's address, or what stands against it.
@@ -132,30 +134,26 @@ class Meeting:
 
     def _check_ways(self, hosts: Sequence[str]) -> None:
         """Let every host connect to every other one, on ports as collectives take them."""
-        firsts = {host: hosts.index(host) for host in dict.fromkeys(hosts)}
-        speaks = firsts[hosts[self._rank]] == self._rank
-        lacking = lacking_interfaces() if speaks else None
+        firsts = [hosts.index(host) for host in dict.fromkeys(hosts)]
+        lacking = self._exchange("interfaces", lacking_interfaces, firsts)
+        # gloo would fail on those hosts alone, and leave the others waiting.
+        if lacks := {hosts[rank]: reason for rank, reason in lacking.items() if reason is not None}:
+            raise NotMet([interface_finding(lacks)] if self._rank == 0 else [])
+        if len(firsts) == 1:
+            return
         with ExitStack() as servers:
-            address = _listen_for_collectives(servers) if speaks and lacking is None else None
-            said = self._exchange("address", [address, lacking], firsts.values()).values()
-            # gloo would fail on those hosts alone, and leave the others waiting.
-            if lacks := {host: reason for host, (_, reason) in zip(firsts, said, strict=True) if reason is not None}:
-                raise NotMet([interface_finding(lacks)] if self._rank == 0 else [])
-            if len(firsts) == 1:
-                return
-            addresses = {host: where for host, (where, _) in zip(firsts, said, strict=True)}
+            listening = self._exchange("address", lambda: _listen_for_collectives(servers), firsts)
+            addresses = {hosts[rank]: (address, port) for rank, (address, port) in listening.items()}
             others = {host: where for host, where in addresses.items() if host != hosts[self._rank]}
-            failures = failed_connections(others) if speaks else None
-            told = self._exchange("failures", failures, firsts.values()).values()
-        findings = judge_ways(addresses, dict(zip(firsts, told, strict=True)))
-        if findings:
+            failures = self._exchange("failures", lambda: failed_connections(others), firsts)
+        if findings := judge_ways(addresses, {hosts[rank]: of_host for rank, of_host in failures.items()}):
             raise NotMet(findings if self._rank == 0 else [])
 
-    def _exchange(self, name: str, value: Json, ranks: Iterable[int]) -> dict[int, Json]:
+    def _exchange(self, name: str, say: Callable[[], _Said], ranks: Iterable[int]) -> dict[int, _Said]:
         """What each of `ranks` says, in their order, on every rank. Raises `NotMet` if one does not in time."""
         ranks, store = list(ranks), dist.PrefixStore(name, self._store)
         if self._rank in ranks:
-            store.set(str(self._rank), json.dumps(value))
+            store.set(str(self._rank), json.dumps(say()))
         if self._rank == 0:
             self._collect(name, store, ranks)
         try:
@@ -193,11 +191,11 @@ class Meeting:
 
 def check_reachability(seconds: float) -> Finding | None:
     """Connect to MASTER_ADDR at MASTER_PORT, again and again for so long; None when it has worked once."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     deadline, reason = time.monotonic() + seconds, ""
     while not reason or time.monotonic() < deadline:
         left = max(deadline - time.monotonic(), 0.1)
-        failure = _failed_connection(address, port, min(left, _CONNECT_SECONDS))
+        failure = _failed_connection(master, min(left, _CONNECT_SECONDS))
         if failure is None:
             return None
         reason = failure
@@ -264,7 +262,7 @@ def failed_connections(addresses: Mapping[str, Address]) -> dict[str, str]:
     if not addresses:
         return {}
     with ThreadPoolExecutor(min(len(addresses), _MOST_THREADS)) as pool:
-        tried = pool.map(lambda where: _failed_connection(*where, _CONNECT_SECONDS), addresses.values())
+        tried = pool.map(lambda where: _failed_connection(where, _CONNECT_SECONDS), addresses.values())
         return {host: failure for host, failure in zip(addresses, tried, strict=True) if failure is not None}
 
 
@@ -273,23 +271,23 @@ def judge_ways(addresses: Mapping[str, Address], failures: Mapping[str, Mapping[
     if local := [
         host for host, (address, port) in addresses.items() if ipaddress.ip_address(address).is_loopback or not port
     ]:
-        meant = differences(hosts_by_value({host: f"{addresses[host][0]}" for host in local}))
+        meant = differences(hosts_by_value({host: addresses[host][0] for host in local}))
         what = f"what hosts' own names mean to them is no address at which others reach them: {meant}"
         remedy = "mend /etc/hosts there, or name the interface: GLOO_SOCKET_IFNAME (in .deepspeed_env for all hosts)"
         return [Finding(PORTS, Level.ERROR, what, tuple(local), remedy)]
+    remedy = "open ports 1024 to 65535 between the hosts, or name another interface: GLOO_SOCKET_IFNAME"
     findings = []
     for host, unreached in failures.items():
         if unreached:
             why = differences(hosts_by_value({other: f"{reason}:" for other, reason in unreached.items()}))
             what = f"{host} cannot connect to other hosts on the ports that collectives choose ({why})"
-            remedy = "open ports 1024 to 65535 between the hosts, or name another interface: GLOO_SOCKET_IFNAME"
             findings.append(Finding(PORTS, Level.ERROR, what, (host,), remedy))
     return findings
 
 
-def _failed_connection(address: str, port: int, seconds: float) -> str | None:
+def _failed_connection(where: Address, seconds: float) -> str | None:
     try:
-        with socket.create_connection((address, port), timeout=seconds):
+        with socket.create_connection(where, timeout=seconds):
             return None
     except TimeoutError:
         return "no answer"

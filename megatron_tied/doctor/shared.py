@@ -35,7 +35,7 @@ def check_shared(world: World, config: RunConfig) -> list[Finding]:
 def _check(world: World, field: str, directory: Path, why: str | None) -> list[Finding]:
     """why: what all hosts need it for; None if only the first one does."""
     where, first = f"{field} = {directory}", world.hosts[0]
-    marker, failure = existing(directory) / f".doctor-{uuid.uuid4().hex}", None
+    marker, failure = existing(directory) / f".doctor-{uuid.uuid4().hex}", ""
     if world.rank == 0:
         try:
             marker.touch(exist_ok=False)
@@ -43,12 +43,12 @@ def _check(world: World, field: str, directory: Path, why: str | None) -> list[F
             failure = _reason(error)
     try:
         name, failure = gather_json([marker.name, failure])[0]
-        if failure is not None:
+        if failure:
             remedy = f"set {field} to a directory that can be written"
             return [Finding(NAME, Level.ERROR, f"{where} cannot be written: {failure}", (first,), remedy)]
         seen = world.on_each_host(lambda: _appears(existing(directory) / name))
     finally:
-        if world.rank == 0 and failure is None:
+        if world.rank == 0 and not failure:
             with suppress(OSError):  # the file system may have gone since
                 marker.unlink()
     others = {host: told for host, told in seen.items() if told != _SEEN}

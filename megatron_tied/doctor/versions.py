@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -22,13 +23,13 @@ _MAY_DIFFER = "driver"
 
 def check_versions(world: World) -> list[Finding]:
     """Compare the versions, and the sources of this package; a collective."""
-    said = world.on_each_host(lambda: {"versions": versions_here(), "problems": list(map(str, version_problems()))})
+    problems = world.on_each_host(lambda: list(map(str, version_problems())))
     return [
-        *compare({host: of_host["versions"] for host, of_host in said.items()}),
+        *compare(world.on_each_host(versions_here)),
         *(
             Finding(NAME, Level.ERROR, problem, (host,), "install a supported version there")
-            for host, of_host in said.items()
-            for problem in of_host["problems"]
+            for host, of_host in problems.items()
+            for problem in of_host
         ),
     ]
 
@@ -44,7 +45,7 @@ def versions_here() -> dict[str, str]:
     }
 
 
-def compare(versions: dict[str, dict[str, str]]) -> list[Finding]:
+def compare(versions: Mapping[str, Mapping[str, str]]) -> list[Finding]:
     """Findings from the versions of each host."""
     first = next(iter(versions.values()))
     findings = []

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from megatron_tied.exchange import Json, gather_json
+
+_Seen = TypeVar("_Seen", bound=Json)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class World:
         """Whether this is the first rank of its host."""
         return self.ranks_of[self.host][0] == self.rank
 
-    def on_each_host(self, look: Callable[[], Json]) -> dict[str, Json]:
+    def on_each_host(self, look: Callable[[], _Seen]) -> dict[str, _Seen]:
         """What the first rank of each host sees, on every rank; a collective."""
-        seen = gather_json(look() if self.speaks_for_host else None)
-        return {host: seen[ranks[0]] for host, ranks in self.ranks_of.items()}
+        seen = gather_json([look()] if self.speaks_for_host else [])
+        return {host: seen[ranks[0]][0] for host, ranks in self.ranks_of.items()}
