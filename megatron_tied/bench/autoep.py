@@ -54,7 +54,7 @@ def _registry_of_both() -> Iterator[None]:
     """DeepSpeed 0.19 asks by name what transformers 5.24 lets be asked for by model only: it may do both."""
     from transformers.utils import output_capturing
 
-    registry = type(getattr(output_capturing, "_CAN_RECORD_REGISTRY", {}))
+    registry: Any = type(getattr(output_capturing, "_CAN_RECORD_REGISTRY", {}))
     own = registry.__dict__.get("get")
     if registry is dict or own is None:
         yield

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
-from typing import Any
+
+from megatron_tied.bench.results import Pairs
 
 # Of fewer pairs no spread is known.
 _FEWEST_PAIRS = 3
@@ -54,8 +55,13 @@ class Comparison:
             return f"no difference that this run can show (spread {self.spread:.1%})"
         return f"{self.ratio:.3f} ({min(self.ratios):.3f} to {max(self.ratios):.3f}, spread {self.spread:.1%})"
 
-    def to_json(self) -> dict[str, Any]:
-        """`ratio` is null where none may be told."""
-        lowest, highest = min(self.ratios), max(self.ratios)
-        found = {"ratio": self.ratio, "spread": self.spread, "minimum": lowest, "maximum": highest}
-        return {**found, "pairs": list(self.ratios), "told": self.told()}
+    def to_json(self) -> Pairs:
+        """All of it."""
+        return {
+            "ratio": self.ratio,
+            "spread": self.spread,
+            "minimum": min(self.ratios),
+            "maximum": max(self.ratios),
+            "pairs": list(self.ratios),
+            "told": self.told(),
+        }

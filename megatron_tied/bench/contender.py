@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from megatron_tied.bench.phases import Phases
+from megatron_tied.bench.plain_engine import PlainEngine
 from megatron_tied.bench.roofline import synchronize
 from megatron_tied.training.evaluation import Batch
 from megatron_tied.training.loop import train_step
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+Engine: TypeAlias = "DeepSpeedEngine | PlainEngine"
 
 
 class CannotRunHereError(Exception):
     """A contender cannot be built on this host; the message says why."""
 
 
-class Engine(Protocol):
-    """What `train_step` asks of an engine; DeepSpeed's have it."""
-
-    module: torch.nn.Module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-    def backward(self, loss: torch.Tensor) -> Any: ...
-    def step(self) -> Any: ...
-    def gradient_accumulation_steps(self) -> int: ...
-
-
 class Contender:
     """One of those that take turns, on this rank.
 
     reductions: how often a step reduces each gradient. shards_experts: whether experts are spread over the expert
-    parallel ranks. first_loss: mean cross entropy of the first step on this rank.
+    parallel ranks. first_loss: mean cross entropy of the first step on this rank, once it is done.
     """
 
     def __init__(
@@ -52,13 +48,12 @@ class Contender:
         self.phases = phases
         self.reductions = reductions
         self.shards_experts = shards_experts
-        self.first_loss: float | None = None
+        self.first_loss = math.nan
         self.steps_done = 0
 
     def run(self, batches: Callable[[int], Sequence[Batch]], steps: int) -> float:
         """Train `steps` steps on the batches of the steps that come next; returns the seconds of all ranks' work."""
         work = [batches(self.steps_done + step) for step in range(steps)]
-        self.steps_done += steps
         synchronize()
         torch.distributed.barrier()
         began = time.perf_counter()
@@ -66,8 +61,9 @@ class Contender:
         synchronize()
         torch.distributed.barrier()
         seconds = time.perf_counter() - began
-        if self.first_loss is None:
+        if self.steps_done == 0:
             self.first_loss = losses[0].item()
+        self.steps_done += steps
         return seconds
 
     def _step(self, batches: Iterator[Batch]) -> torch.Tensor:
@@ -81,7 +77,8 @@ class Contender:
 
 def elements(parameter: torch.nn.Parameter) -> int:
     """How many numbers a parameter has, partitioned by ZeRO 3 or not."""
-    return getattr(parameter, "ds_numel", parameter.numel())
+    count: int = getattr(parameter, "ds_numel", parameter.numel())
+    return count
 
 
 def is_expert(name: str) -> bool:

@@ -46,7 +46,7 @@ def transformers_model(config: RunConfig) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise CannotRunHereError(f"transformers is not installed: {error}") from None
-    model = AutoModelForCausalLM.from_config(
+    model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]  # transformers' has no types
         AutoConfig.for_model(**transformers_json(config)),
         attn_implementation="sdpa",
         experts_implementation="grouped_mm",
@@ -111,7 +111,6 @@ class TransformersLoss:
         """A scalar for `engine.backward`."""
         tokens, labels = (batch[name].to(device(), non_blocking=True) for name in ("tokens", "labels"))
         output = engine(input_ids=tokens, labels=labels, shift_labels=labels, use_cache=False, **self._options)
-        if not self._coefficient:
-            return output.loss
-        # Its value is left out, so that losses of all contenders compare.
-        return output.loss - self._coefficient * output.aux_loss.detach()
+        loss: torch.Tensor = output.loss
+        # The value of the balancing loss is left out, so that losses of all contenders compare.
+        return loss - self._coefficient * output.aux_loss.detach() if self._coefficient else loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,7 @@ class Job:
 
     def encode(self) -> str:
         """JSON for the ranks."""
-        fields = asdict(replace(self, config=None)) | {"config": self.config.model_dump(mode="json")}
-        return json.dumps(fields)
+        return json.dumps(vars(self) | {"config": self.config.model_dump(mode="json")})
 
     @classmethod
     def decode(cls, text: str) -> Job:
@@ -90,6 +89,13 @@ def load_subject(path: Path | None, overrides: Sequence[str], ranks: int, *, pre
     if config.data.tokenizer is not None:
         config = with_vocabulary(config)
     return config
+
+
+def vocab_size(config: RunConfig) -> int:
+    """That of a config of `load_subject`, which has read it from the tokenizer if need be. Raises `ConfigError`."""
+    if config.model.vocab_size is None:
+        raise ConfigError(Problem("model.vocab_size", None, "must be given, or else data.tokenizer"))
+    return config.model.vocab_size
 
 
 def read_opponents(names: str) -> tuple[str, ...]:

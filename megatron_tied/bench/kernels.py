@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from megatron_tied.bench.results import Kernels, Operator, Shares
 
 GEMM, ATTENTION, ELEMENT_WISE, COPY = "GEMM", "attention", "element-wise", "copies and permutes"
 COLLECTIVE, OTHER = "collectives", "other"
@@ -43,7 +45,7 @@ def kind_of(name: str) -> str:
     return next((kind for kind, parts in _PARTS.items() if any(part in name.lower() for part in parts.split())), OTHER)
 
 
-def kernel_shares(step: Callable[[], object]) -> dict[str, Any]:
+def kernel_shares(step: Callable[[], object]) -> Kernels:
     """Profile one call of `step`: `shares` of the time by kind, and the `largest` operators with theirs.
 
     Times are those of kernels where there is a GPU, else of operators without what they call; waiting for a GPU is not
@@ -97,13 +99,13 @@ def own_times(intervals: Sequence[Interval]) -> Counter[str]:
     return times
 
 
-def shares(times: Counter[str]) -> dict[str, Any]:
+def shares(times: Counter[str]) -> Shares:
     """From the time of each operator, in any unit, its `shares` by kind and the `largest`."""
     total = sum(times.values()) or 1
     of_kind = dict.fromkeys(KINDS, 0.0)
     for name, time in times.items():
         of_kind[kind_of(name)] += time / total
-    largest = [
+    largest: list[Operator] = [
         {"name": name, "kind": kind_of(name), "share": time / total} for name, time in times.most_common(_LARGEST)
     ]
     return {"shares": of_kind, "largest": largest}

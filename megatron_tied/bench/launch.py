@@ -8,15 +8,16 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_tied.bench.job import Job
-from megatron_tied.bench.messages import PROBLEMS, PROGRESS, read_line, result_of
-from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.bench.messages import read_line, result_of
+from megatron_tied.bench.progress import Done, Progress
+from megatron_tied.bench.results import Result
+from megatron_tied.errors import ConfigError
 
 _LAST_LINES = 30
 # Where torchrun begins to tell that a rank has failed, which that rank has told itself.
@@ -33,11 +34,33 @@ class RanksFailedError(RuntimeError):
         self.lines = lines
 
 
-def run_on_ranks(job: Job, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
-    """What `job` gives on its ranks, which are started and ended here.
+def run_on_ranks(job: Job, progress: Progress) -> Result:
+    """What all contenders of `job` give on its ranks, which are started and ended here.
 
     Raises `ConfigError` for what only the ranks could find, and `RanksFailedError`.
     """
+    result: Result = _found(job, progress)
+    return result
+
+
+def peak_on_ranks(job: Job, contender: str) -> int | None:
+    """The peak memory of `contender` on new ranks; None where it cannot be told. Raises as `run_on_ranks`."""
+    peak: int | None = _found(replace(job, alone=contender), lambda done: None)
+    return peak
+
+
+def with_peaks_on_cpu(result: Result, job: Job, progress: Progress) -> None:
+    """Fill in the peak memory of every contender in `result`: each alone on new ranks, since a CPU allocator keeps no
+    peak. Ranks that fail at it cost nothing else: `peak_memory` stays None."""
+    rows = result["contenders"]
+    for number, (name, row) in enumerate(rows.items()):
+        progress(Done(f"measuring the memory of {name}", number, len(rows)))
+        with suppress(RanksFailedError):
+            row["peak_memory"] = peak_on_ranks(job, name)
+
+
+def _found(job: Job, progress: Progress) -> Any:
+    """What the first rank has written of `job`, as JSON."""
     with tempfile.TemporaryDirectory(prefix="megatron-tied-bench-") as directory:
         file = Path(directory, "job.json")
         file.write_text(job.encode(), encoding="utf-8")
@@ -66,30 +89,19 @@ def run_on_ranks(job: Job, progress: Callable[[str, int, int], None]) -> dict[st
                     ranks.kill()
 
 
-def with_peaks_on_cpu(result: dict[str, Any], job: Job, progress: Callable[[str, int, int], None]) -> None:
-    """Fill in the peak memory of every contender in `result`: each alone on new ranks, since a CPU allocator keeps no
-    peak. Ranks that fail at it cost nothing else: `peak_memory` stays None."""
-    names = list(result["contenders"])
-    for done, name in enumerate(names):
-        progress(f"measuring the memory of {name}", done, len(names))
-        with suppress(RanksFailedError):
-            alone = run_on_ranks(replace(job, alone=name), lambda *_: None)
-            result["contenders"][name]["peak_memory"] = alone["peak_memory"]
-
-
-def _listen(ranks: subprocess.Popen[str], progress: Callable[[str, int, int], None]) -> list[str]:
+def _listen(ranks: subprocess.Popen[str], progress: Progress) -> list[str]:
     """Until they end; returns the last lines that they printed for people. Raises `ConfigError` for what they found."""
     others: deque[str] = deque(maxlen=_LAST_LINES)
     problems = None
     ended = False
-    for line in ranks.stdout:
+    for line in ranks.stdout or ():
         ended = ended or _TORCHRUN_TELLS in line
         match read_line(line):
-            case (kind, content) if kind == PROGRESS:
-                progress(*content)
-            case (kind, content) if kind == PROBLEMS:
-                problems = [Problem(*problem) for problem in content]
-            case _ if not ended:
+            case Done() as done:
+                progress(done)
+            case list() as found:
+                problems = found
+            case None if not ended:
                 others.append(line.rstrip("\n"))
     ranks.wait()
     if problems is not None:

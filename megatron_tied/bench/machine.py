@@ -7,10 +7,11 @@ import platform
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
+
+from megatron_tied.bench.results import Hardware
 
 _PACKAGES = ("megatron-tied", "torch", "megatron-core", "deepspeed", "transformers", "transformer-engine")
 _CPU = Path("/proc/cpuinfo")
@@ -25,7 +26,7 @@ def software() -> dict[str, str]:
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> Hardware:
     """The host, its processors and GPUs; memory in bytes."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {

@@ -13,10 +13,13 @@ import torch
 
 from megatron_tied.bench.comparison import Comparison
 from megatron_tied.bench.contender import Contender, elements
-from megatron_tied.bench.job import HUGGINGFACE, OF_TRANSFORMERS, TIED, Job
+from megatron_tied.bench.job import HUGGINGFACE, OF_TRANSFORMERS, TIED, Job, vocab_size
 from megatron_tied.bench.kernels import kernel_shares
 from megatron_tied.bench.machine import hardware, software
 from megatron_tied.bench.memory import PeakOfProcess, gradient_bytes, states_of, updated_elements
+from megatron_tied.bench.plain_engine import PlainEngine
+from megatron_tied.bench.progress import Done, Progress
+from megatron_tied.bench.results import Result, Row
 from megatron_tied.bench.roofline import Ceilings, measure_ceilings
 from megatron_tied.bench.tokens import random_batches
 from megatron_tied.bench.traffic import measure_traffic
@@ -26,18 +29,13 @@ from megatron_tied.planner.compute import flops_per_token
 # Reads weight, gradient and two states, writes weight and states, of four bytes each.
 _ADAMW_BYTES = 7 * 4
 
-Progress = Callable[[str, int, int], None]
 
-
-def measure(job: Job, progress: Progress) -> dict[str, Any]:
-    """Everything about `job`, for JSON; seconds, bytes and FLOP/s of the first rank. A collective.
-
-    progress: told what is done, how many turns are over, and of how many. Process groups must exist.
-    """
+def measure(job: Job, progress: Progress) -> Result:
+    """Everything about `job`, as this rank sees it. A collective; process groups must exist."""
     batches = random_batches(job.config)
     ceilings = measure_ceilings(job.config.train.precision)
-    built = build(job, batches, job.contenders, lambda what: progress(what, 0, job.rounds))
-    progress("warming up", 0, job.rounds)
+    built = build(job, batches, job.contenders, lambda what: progress(Done(what, 0, job.rounds)))
+    progress(Done("warming up", 0, job.rounds))
     steps = steps_of_a_turn(job, built.contenders, batches)
     for contender in built.contenders:
         contender.phases.take(1, 0.0)
@@ -45,8 +43,8 @@ def measure(job: Job, progress: Progress) -> dict[str, Any]:
     for round_, of_round in enumerate(take_turns(built.contenders, batches, rounds=job.rounds, steps=steps)):
         for name, time in of_round.items():
             seconds[name].append(time)
-        progress("taking turns", round_ + 1, job.rounds)
-    progress("looking inside the steps", job.rounds, job.rounds)
+        progress(Done("taking turns", round_ + 1, job.rounds))
+    progress(Done("looking inside the steps", job.rounds, job.rounds))
     ceilings = ceilings.or_better(measure_ceilings(job.config.train.precision))
     found = {
         contender.name: _examine(job, contender, built, seconds[contender.name], steps, ceilings)
@@ -75,22 +73,21 @@ def measure(job: Job, progress: Progress) -> dict[str, Any]:
     }
 
 
-def measure_alone(job: Job) -> dict[str, Any]:
-    """The peak memory of the contender `job.alone`, in a process that has built nothing before. A collective."""
+def measure_alone(job: Job, name: str) -> int | None:
+    """The peak memory of the contender `name`, in a process that has built nothing before; None where it cannot be
+    told. A collective."""
     batches = random_batches(job.config)
-    if job.alone in OF_TRANSFORMERS:
+    if name in OF_TRANSFORMERS:
         with suppress(ImportError):  # told when it is built
             importlib.import_module("transformers.models.auto.modeling_auto")
     peak = PeakOfProcess()
-    built = build(job, batches, [job.alone], lambda what: None)
+    built = build(job, batches, [name], lambda what: None)
     for contender in built.contenders:
         contender.run(batches, WARM_UP_STEPS - 1)
-    return {"peak_memory": peak.bytes() if built.contenders else None, "left_out": built.left_out}
+    return peak.bytes() if built.contenders else None
 
 
-def _examine(
-    job: Job, contender: Contender, built: Built, seconds: list[float], steps: int, ceilings: Ceilings
-) -> dict[str, Any]:
+def _examine(job: Job, contender: Contender, built: Built, seconds: list[float], steps: int, ceilings: Ceilings) -> Row:
     batches = random_batches(job.config)
     step = partial(contender.run, batches, 1)
     typical = median(seconds)
@@ -133,14 +130,13 @@ class _MostGradients:
         def watched() -> None:
             contender, engine = self._contender, self._contender.engine
             usual, contender.phases.when_reduced = contender.phases.when_reduced, self._look
-            reduce = getattr(engine, "allreduce_gradients", None)
-            if reduce is not None:
-                engine.allreduce_gradients = partial(self._look_and, reduce)
+            if not isinstance(engine, PlainEngine):
+                engine.allreduce_gradients = partial(self._look_and, engine.allreduce_gradients)
             try:
                 step()
             finally:
                 contender.phases.when_reduced = usual
-                if reduce is not None:
+                if not isinstance(engine, PlainEngine):
                     del engine.allreduce_gradients
 
         return watched
@@ -160,6 +156,5 @@ def _tokens(job: Job) -> int:
 def model_flops(job: Job, contender: str) -> int:
     """Of a step on all ranks; tying changes them only where a tied bank has more experts, and its routers with it."""
     config = job.config_of(TIED if contender == HUGGINGFACE else contender)
-    model = config.model
-    each = flops_per_token(model, config.topology(), config.train.seq_length, model.vocab_size)
+    each = flops_per_token(config.model, config.topology(), config.train.seq_length, vocab_size(config))
     return each.training * _tokens(job)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,8 @@ def updated_elements(contender: Contender) -> int:
     """How many weights this rank's AdamW updates."""
     optimizer = contender.engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
-    return sum(state["exp_avg"].numel() for state in inner.state.values())
+    states: Iterable[Mapping[str, torch.Tensor]] = inner.state.values()
+    return sum(state["exp_avg"].numel() for state in states)
 
 
 def _parts(contender: Contender) -> list[torch.Tensor]:

@@ -36,7 +36,7 @@ class PlainEngine:
         self.optimizer = adamw(groups, settings, lr=settings.lr)
         several = torch.distributed.get_world_size() > 1
         # Without a second copy of the gradients in its buckets.
-        self._wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True) if several else module
+        self._parallel = DistributedDataParallel(module, gradient_as_bucket_view=True) if several else None
 
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches of a step."""
@@ -44,13 +44,15 @@ class PlainEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass."""
-        # DDP looks at this in forward: only the last micro-batch's backward pass reduces.
-        self._wrapped.require_backward_grad_sync = self._is_last()
-        return self._wrapped(*args, **kwargs)
+        if self._parallel is None:
+            return self.module(*args, **kwargs)
+        # It looks at this in forward: only the last micro-batch's backward pass reduces.
+        self._parallel.require_backward_grad_sync = self._is_last()
+        return self._parallel(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of one micro-batch's share of the loss."""
-        (loss / self._accumulation).backward()
+        (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]  # torch's has no types
 
     def step(self) -> None:
         """After the last micro-batch: clip, update, clear."""
@@ -71,7 +73,7 @@ class PlainEngine:
     def _update(self) -> None:
         separate = [pair for pair in zip(self._weights, self._masters, strict=True) if pair[0] is not pair[1]]
         for weight, master in separate:
-            master.grad = weight.grad.float()
+            master.grad = None if weight.grad is None else weight.grad.float()
         if self._clip:
             torch.nn.utils.clip_grad_norm_(self._masters, self._clip)
         self.optimizer.step()

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """On standard error of the first rank; gives a function of what is being done, and of rounds done and in all."""
-    shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-    with tqdm(unit="round", dynamic_ncols=True, leave=False, disable=not shown) as bar:
+class Done(NamedTuple):
+    """How far a benchmark is: what it is at, and how many rounds are over, of how many."""
 
-        def show(what: str, done: int, total: int) -> None:
-            bar.n, bar.total = done, total
-            bar.set_description(what)
+    what: str
+    rounds: int
+    of: int
+
+
+Progress = Callable[[Done], object]
+
+
+@contextmanager
+def progress_bar(*, shown: bool) -> Iterator[Progress]:
+    """On standard error, where that is a terminal and `shown`."""
+    with tqdm(unit="round", dynamic_ncols=True, leave=False, disable=not (shown and sys.stderr.isatty())) as bar:
+
+        def show(done: Done) -> None:
+            bar.n, bar.total = done.rounds, done.of
+            bar.set_description(done.what)
 
         yield show

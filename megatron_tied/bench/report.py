@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from megatron_tied.bench.job import HUGGINGFACE, TIED, UNTIED
+from megatron_tied.bench.results import Result, Row
 
 _MB, _GB = 10**6, 10**9
 # Of losses in bf16, relative.
 _ROUNDING = 2e-3
 _LARGEST_SHOWN, _LONGEST_NAME = 3, 60
-Row = Mapping[str, Any]
 
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("s/step", lambda row: f"{row['seconds_of_a_step']:.4g}"),
@@ -35,7 +34,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 
 
-def report(result: Row) -> RenderableType:
+def report(result: Result) -> RenderableType:
     """What `measurement.measure` found."""
     table = Table("", box=None, pad_edge=False, header_style="bold")
     for name, _ in _COLUMNS:
@@ -46,7 +45,7 @@ def report(result: Row) -> RenderableType:
     return Group(Text(_subject(result)), Text(), table, Text(), Text("\n".join(lines)))
 
 
-def _subject(result: Row) -> str:
+def _subject(result: Result) -> str:
     train, parallel = result["config"]["train"], result["config"]["parallel"]
     model = result["config"]["model"]
     named = " ".join(filter(None, (model.get("preset"), model.get("scale")))) or "model"
@@ -58,7 +57,7 @@ def _subject(result: Row) -> str:
     )
 
 
-def _conclusions(result: Row) -> Iterator[str]:
+def _conclusions(result: Result) -> Iterator[str]:
     turns = f"{result['rounds']} rounds of {result['steps_of_a_turn']} steps"
     for name, comparison in result["comparisons"].items():
         yield f"speed of tied over {name}, {turns}: {comparison['told']}"
@@ -94,7 +93,7 @@ def _reduction_line(tied: int, untied: int) -> str:
     )
 
 
-def _kernels(result: Row) -> Iterator[str]:
+def _kernels(result: Result) -> Iterator[str]:
     of = "kernel time" if result["device"] == "cuda" else "operators' own time"
     for name, row in result["contenders"].items():
         shares = sorted(row["kernels"]["shares"].items(), key=lambda item: -item[1])
@@ -106,7 +105,7 @@ def _kernels(result: Row) -> Iterator[str]:
         yield f"{of} of {name}: {told}; largest: {largest}"
 
 
-def _conditions(result: Row) -> Iterator[str]:
+def _conditions(result: Result) -> Iterator[str]:
     ceilings, machine = result["ceilings"], result["hardware"]
     yield (
         f"ceilings of a rank, measured: {ceilings['gemm_flops_per_second'] / _GB:,.1f} GFLOP/s in a matrix product, "

@@ -50,7 +50,7 @@ def _best(action: Callable[[], object]) -> float:
     action()
     synchronize()
     torch.distributed.barrier()
-    times = []
+    times: list[float] = []
     end = time.perf_counter() + _SECONDS
     while time.perf_counter() < end or len(times) < 3:
         began = time.perf_counter()

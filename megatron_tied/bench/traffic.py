@@ -91,9 +91,11 @@ def attribute(
     tied layers'. expert_ranks: None for experts that are reduced with the rest.
     """
     once = {kind: count * width * times for kind, count in sizes.items()}
-    shared = expert_ranks in (None, ranks)
-    rest = min(once.get("rest", 0), payload[ranks]) if shared else payload[ranks]
-    experts = payload[ranks] - rest if shared else payload[expert_ranks]
+    if expert_ranks is None or expert_ranks == ranks:
+        rest = min(once.get("rest", 0), payload[ranks])
+        experts = payload[ranks] - rest
+    else:
+        rest, experts = payload[ranks], payload[expert_ranks]
     untied = min(once.get("untied", 0), experts)
     return ReductionBytes(experts=experts, tied_layers=experts - untied, rest=rest)
 
@@ -103,11 +105,11 @@ def tied_layers_of(topology: TieTopology) -> frozenset[int]:
     return frozenset(layer for bank in topology.banks if bank.is_tied for layer in bank.layers)
 
 
-class _Reductions(TorchDispatchMode):
+class _Reductions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's has no types
     """Counts reductions while a contender is in its backward pass, by the size of their group."""
 
     def __init__(self, contender: Contender):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
         self._phases = contender.phases
         # The backward pass of a dispatcher that gathers is a reduction, too.
         self._others = {
@@ -117,7 +119,7 @@ class _Reductions(TorchDispatchMode):
         self.payload: Counter[int] = Counter()
         self.width = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         is_reduction = func.namespace == "c10d" and func._opname in _REDUCTIONS
         if is_reduction and self._phases.current in ("backward", "reduce"):
             self._count(args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +19,7 @@ from megatron_tied.training.evaluation import Batch
 
 Batches = Callable[[int], Sequence[Batch]]
 
+_OURS = (TIED, UNTIED)
 _BUILDERS: dict[str, Callable[[Job], Contender]] = {
     HUGGINGFACE: build_huggingface,
     MEGATRON_CORE: build_megatron_core,
@@ -37,38 +38,37 @@ class Built(NamedTuple):
     resident: dict[str, int]
 
 
-def build(job: Job, batches: Batches, names: Sequence[str], say: Callable[[str], None]) -> Built:
+def build(job: Job, batches: Batches, names: Sequence[str], say: Callable[[str], object]) -> Built:
     """Build each of `names` and let it train one step; a peer that cannot is left out, on every rank. A collective."""
     built = Built([], {}, {})
     for name in names:
         say(f"building {name}")
         before = allocated()
-        contender, reason = _try(job, name, batches)
+        outcome = _try(job, name, batches)
         # One that fails on some ranks only would keep the others waiting.
-        reasons = [of_rank for of_rank in gather_json(reason) if of_rank is not None]
-        if reasons:
-            built.left_out[name] = str(reasons[0])
-            del contender
+        reasons = [reason for reason in gather_json(outcome if isinstance(outcome, str) else "") if reason]
+        if reasons or isinstance(outcome, str):
+            built.left_out[name] = reasons[0]
+            del outcome
             gc.collect()
             continue
-        built.contenders.append(contender)
+        built.contenders.append(outcome)
         built.resident[name] = allocated() - before
     return built
 
 
-def _try(job: Job, name: str, batches: Batches) -> tuple[Contender | None, str | None]:
-    if name in (TIED, UNTIED):
-        contender = build_ours(name, job)
-        contender.run(batches, 1)
-        return contender, None
+def _try(job: Job, name: str, batches: Batches) -> Contender | str:
+    """The contender after its first step, or why there is none."""
     try:
-        contender = _BUILDERS[name](job)
+        contender = build_ours(name, job) if name in _OURS else _BUILDERS[name](job)
         contender.run(batches, 1)
+        return contender
     except CannotRunHereError as error:
-        return None, str(error)
+        return str(error)
     except Exception as error:  # whatever another package's code does: the others are measured all the same
-        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    return contender, None
+        if name in _OURS:
+            raise
+        return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
 
 
 def steps_of_a_turn(job: Job, contenders: Sequence[Contender], batches: Batches) -> int:
@@ -78,7 +78,7 @@ def steps_of_a_turn(job: Job, contenders: Sequence[Contender], batches: Batches)
         for _ in range(WARM_UP_STEPS - 1):
             fastest = min(fastest, contender.run(batches, 1))
     wanted = min(max(math.ceil(_SECONDS_OF_A_TURN / fastest), 1), _MOST_STEPS)
-    return job.steps or int(gather_json(wanted)[0])
+    return job.steps or gather_json(wanted)[0]
 
 
 def take_turns(
@@ -98,7 +98,7 @@ def allocated() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
-def peak_of(step: Callable[[], Any], resident: int) -> int | None:
+def peak_of(step: Callable[[], object], resident: int) -> int | None:
     """The most that is allocated during `step` by a contender that keeps `resident` bytes, without the others; None
     without a GPU."""
     if not torch.cuda.is_available():

@@ -6,16 +6,21 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_tied.bad_input import report_once
 from megatron_tied.cli.json_file import check_place, write_json
+from megatron_tied.cli.options import Subparsers, count
 from megatron_tied.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from megatron_tied.bench.job import Job
+    from megatron_tied.bench.results import Result
 
 _FAILED, _INTERRUPTED = 1, 130
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Adds `bench`."""
     told = "tied against untied on this machine, in turns in one run, on random tokens"
     more = "Without a config the quickstart model. Under a launcher its ranks are taken, else they are started."
@@ -28,9 +33,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="the YAML file of a run; may come several times",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    parser.add_argument("--ranks", type=_count, metavar="N", help="default: one for each GPU, else 1")
-    parser.add_argument("--rounds", type=_count, default=10, metavar="N", help="turns of each contender; default: 10")
-    parser.add_argument("--steps", type=_count, metavar="N", help="of a turn; default: about half a second's")
+    parser.add_argument("--ranks", type=count, metavar="N", help="default: one for each GPU, else 1")
+    parser.add_argument("--rounds", type=count, default=10, metavar="N", help="turns of each contender; default: 10")
+    parser.add_argument("--steps", type=count, metavar="N", help="of a turn; default: about half a second's")
     parser.add_argument(
         "--against",
         default="untied",
@@ -55,6 +60,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _run_all(args: argparse.Namespace) -> int:
     from megatron_tied.bench.job import check_job, read_opponents
+    from megatron_tied.bench.launch import RanksFailedError
     from megatron_tied.bench.report import report
     from megatron_tied.cli.console import console
     from megatron_tied.training.launcher import check_launcher
@@ -65,7 +71,7 @@ def _run_all(args: argparse.Namespace) -> int:
     jobs = _jobs(args, opponents)
     for job in jobs:
         check_job(job)
-    results = []
+    results: list[Result] = []
     try:
         for job in jobs:
             result = _run(job, with_memory=not args.no_memory)
@@ -78,13 +84,13 @@ def _run_all(args: argparse.Namespace) -> int:
                 return _FAILED
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except _failure() as error:
+    except RanksFailedError as error:
         print(f"error: {error}; their last lines:", *error.lines, sep="\n  ", file=sys.stderr)
         return _FAILED
     return 0
 
 
-def _jobs(args: argparse.Namespace, opponents: tuple[str, ...]) -> list[Any]:
+def _jobs(args: argparse.Namespace, opponents: tuple[str, ...]) -> list[Job]:
     import torch
 
     from megatron_tied.bench.job import Job, load_subject
@@ -105,29 +111,25 @@ def _jobs(args: argparse.Namespace, opponents: tuple[str, ...]) -> list[Any]:
     ]
 
 
-def _run(job: Any, *, with_memory: bool) -> dict[str, Any] | None:
+def _run(job: Job, *, with_memory: bool) -> Result | None:
     from megatron_tied.bench.launch import run_on_ranks, with_peaks_on_cpu
     from megatron_tied.bench.progress import progress_bar
 
-    with progress_bar() as show:
-        if "RANK" in os.environ:
-            from megatron_tied.bench.__main__ import is_first, run_job
-
-            result = run_job(job, show)
-            return result if is_first() else None
+    if "RANK" in os.environ:
+        return _run_as_rank(job)
+    with progress_bar(shown=True) as show:
         result = run_on_ranks(job, show)
         if with_memory and result["device"] == "cpu":
             with_peaks_on_cpu(result, job, show)
     return result
 
 
-def _failure() -> type[Exception]:
-    from megatron_tied.bench.launch import RanksFailedError
+def _run_as_rank(job: Job) -> Result | None:
+    """On the launcher's ranks; None on all but the first."""
+    from megatron_tied.bench.measurement import measure
+    from megatron_tied.bench.progress import progress_bar
+    from megatron_tied.bench.ranks import is_first, together
 
-    return RanksFailedError
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer >= 1")
-    return int(text)
+    with progress_bar(shown=is_first()) as show, together(job.config):
+        result = measure(job, show)
+    return result if is_first() else None

@@ -12,11 +12,13 @@ from megatron_tied.bench.job import HUGGINGFACE, MEGATRON_CORE, TIED, UNTIED, Jo
 from megatron_tied.bench.kernels import Interval, kind_of, own_times, shares
 from megatron_tied.bench.measurement import model_flops
 from megatron_tied.bench.memory import PeakOfProcess, storage_bytes, used_bytes
-from megatron_tied.bench.messages import PROGRESS, read_line, told_line
+from megatron_tied.bench.messages import read_line, told_line
+from megatron_tied.bench.progress import Done
 from megatron_tied.bench.report import different_models
 from megatron_tied.bench.roofline import Ceilings
 from megatron_tied.bench.traffic import attribute
 from megatron_tied.bench.turns import take_turns
+from megatron_tied.errors import Problem
 
 
 @pytest.mark.parametrize(
@@ -144,8 +146,10 @@ def test_flops_are_those_of_each_contenders_model() -> None:
 
 
 def test_messages_are_found_among_other_lines() -> None:
-    line = told_line(PROGRESS, {"ratio": None})
-    assert read_line(line) == (PROGRESS, {"ratio": None})
-    assert read_line(f"[rank 0] {line}") == (PROGRESS, {"ratio": None})
+    done, problem = Done("taking turns", 3, 10), Problem("model.recompute_granularity", "full", "must be left out")
+    for said, found in ((done, done), ([problem], [problem])):
+        line = told_line(said)
+        assert read_line(line) == found
+        assert read_line(f"[rank 0] {line}") == found
+        assert read_line(line[:-4]) is None
     assert read_line("INFO: loaded") is None
-    assert read_line(line[:-4]) is None
