@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from megatron_tied.checkpoint.directory import resolve
-from megatron_tied.checkpoint.manifest import BrokenCheckpointError, Manifest
-from megatron_tied.checkpoint.report import report
-from megatron_tied.cli.console import console
+from megatron_tied.cli.options import Subparsers
 from megatron_tied.errors import ConfigError, Problem
 
+if TYPE_CHECKING:
+    from megatron_tied.checkpoint.manifest import Manifest
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+
+def add_parser(subparsers: Subparsers) -> None:
     """Adds `checkpoint` with its two actions."""
     parser = subparsers.add_parser("checkpoint", help="look into a checkpoint, or check every byte of it")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
@@ -28,12 +27,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from megatron_tied.checkpoint.report import report
+    from megatron_tied.cli.console import console
+
     directory, manifest = _read(args.directory)
     console().print(report(directory, manifest))
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from megatron_tied.checkpoint.manifest import BrokenCheckpointError
+
     directory, manifest = _read(args.directory)
     try:
         for name in tqdm(manifest.files, desc="verifying", unit="file", leave=False, disable=None):
@@ -45,6 +51,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _read(path: Path) -> tuple[Path, Manifest]:
+    from megatron_tied.checkpoint.directory import resolve
+    from megatron_tied.checkpoint.manifest import BrokenCheckpointError, Manifest
+
     try:
         directory = resolve(path)
         manifest = Manifest.read(directory)

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 
+from megatron_tied.cli.options import Subparsers
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.topology import TieConfig
 
@@ -24,7 +25,7 @@ each expert bank once and shares it in memory, and is loaded with trust_remote_c
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Adds `convert`."""
     told = "Hugging Face models in and out; tie or untie a trained model"
     parser = subparsers.add_parser("convert", help=told, description=_DESCRIPTION)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_tied.cli.options import Subparsers, number
 from megatron_tied.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _FOUND_ERRORS, _INTERRUPTED = 1, 130
 _LAUNCHER_OPTIONS = ("launcher", "master_addr", "master_port", "ssh_port")
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Adds `doctor`."""
     told = "versions, ports, clocks, disks, data and network of all hosts, compared before a run"
     codes = "Exit code 0: nothing stands against the run, 1: errors found, 2: bad input."
@@ -101,10 +102,7 @@ def _show(findings: list[Finding], *, as_json: bool) -> None:
 
 
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = number(text)
     if not 1 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds >= 1")
     return value

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_tied.bad_input import report_once
 from megatron_tied.cli.json_file import check_place, write_json
+from megatron_tied.cli.options import Subparsers, count
 from megatron_tied.errors import ConfigError, Problem
 
 _FAILED, _INTERRUPTED = 1, 130
@@ -19,7 +20,7 @@ On several processes: deepspeed --module megatron_tied.evaluate ..., or torchrun
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Adds `evaluate`."""
     told = "loss and perplexity on held-out data, for each domain"
     parser = subparsers.add_parser("evaluate", help=told, description=_DESCRIPTION)
@@ -29,12 +30,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--data", nargs="+", required=True, metavar="PREFIX", help="data sets that prepare-data made; or NAME=PREFIX"
     )
-    parser.add_argument("--seq-length", type=_count, metavar="N", help="default: that of the training")
-    parser.add_argument("--micro-batch-size", type=_count, default=4, metavar="N", help="of a process; default: 4")
-    parser.add_argument("--max-tokens", type=_count, metavar="N", help="predicted of each domain; default: all")
+    parser.add_argument("--seq-length", type=count, metavar="N", help="default: that of the training")
+    parser.add_argument("--micro-batch-size", type=count, default=4, metavar="N", help="of a process; default: 4")
+    parser.add_argument("--max-tokens", type=count, metavar="N", help="predicted of each domain; default: all")
     parser.add_argument(
         "--expert-model-parallel-size",
-        type=_count,
+        type=count,
         default=1,
         metavar="N",
         help="processes that share the experts, where they fit into none alone; default: 1",
@@ -93,13 +94,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _check_experts(size: int, experts: int, tied_experts: int | None) -> None:
     processes = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-    for what, count in (("processes", processes), ("experts", experts), ("experts of a tied bank", tied_experts)):
-        if count is not None and count % size:
-            valid = f"must divide the number of {what}, {count}"
+    for what, number in (("processes", processes), ("experts", experts), ("experts of a tied bank", tied_experts)):
+        if number is not None and number % size:
+            valid = f"must divide the number of {what}, {number}"
             raise ConfigError(Problem("--expert-model-parallel-size", size, valid))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer >= 1")
-    return int(text)

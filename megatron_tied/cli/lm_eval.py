@@ -6,10 +6,11 @@ import argparse
 import sys
 from importlib.util import find_spec
 
+from megatron_tied.cli.options import Subparsers
 from megatron_tied.errors import ConfigError, Problem
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Adds `lm-eval`, all of whose arguments, --help too, are the harness's."""
     told = "lm-evaluation-harness, with --model megatron-tied --model_args checkpoint=DIR"
     # Its options begin with a dash, too: here no argument is an option.

@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.overrides += rest
     try:
-        return args.run(args)
+        code: int = args.run(args)
+        return code
     except ConfigError as error:
         report(error, sys.stderr)
         return BAD_INPUT

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 
 from megatron_tied.cli import patch_config, patch_source
+from megatron_tied.cli.options import Subparsers
 from megatron_tied.errors import ConfigError, Problem
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Adds `patch`."""
     told = "add expert tying to a launch script or config, or to the sources of Megatron-LM"
     parser = subparsers.add_parser("patch", help=told, description=told)

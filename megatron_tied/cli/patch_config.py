@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from megatron_tied.cli.console import console
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.megatron_lm.arguments import divisor, integers
-from megatron_tied.patching.config_patch import ConfigPatch, patch_text
-from megatron_tied.patching.diff import diff
 from megatron_tied.patching.request import GROUP_SIZE, TieRequest
-from megatron_tied.patching.text_file import read_text, replace_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from megatron_tied.patching.config_patch import ConfigPatch
 
 # Fields of TieConfig by their option.
 _OPTIONS = {
@@ -70,6 +70,12 @@ def stated_options(args: argparse.Namespace) -> list[str]:
 
 def patch_config(args: argparse.Namespace) -> int:
     """Patches `args.file`. Raises ConfigError, with nothing changed, for a file that cannot be patched."""
+    # With pydantic and rich behind them they are not for those who ask for help.
+    from megatron_tied.cli.console import console
+    from megatron_tied.patching.config_patch import patch_text
+    from megatron_tied.patching.diff import diff
+    from megatron_tied.patching.text_file import read_text, replace_text
+
     given = {name: value for name, option in _OPTIONS.items() if (value := getattr(args, option)) is not None}
     request = TieRequest.of(given)
     _check_output(args.file, args.output)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_tied.patching.source_tree import apply, check, revert
-
 NOT_PATCHED = 1  # the exit code of --check for a known tree that is not exactly as patched
 
 
@@ -26,6 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def patch_source(args: argparse.Namespace) -> int:
     """Does what the options ask for. Raises ConfigError for a tree that cannot be patched, checked or restored."""
+    from megatron_tied.patching.source_tree import apply, check, revert
+
     action = check if args.check else revert if args.revert else apply
     report = action(args.megatron_lm)
     print(*report.lines(), sep="\n")

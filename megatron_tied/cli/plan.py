@@ -7,33 +7,30 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_tied.cli.console import console
+from megatron_tied.cli.options import Subparsers, count, number
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.planner.advice import changes
-from megatron_tied.planner.hardware import load_hardware
-from megatron_tied.planner.layout import Layout
-from megatron_tied.planner.plan import Plan, Subject
-from megatron_tied.planner.report import comparison, found_table, resting_on, verdict
-from megatron_tied.planner.search import search
-from megatron_tied.topology import TieConfig
-from megatron_tied.training.config import RunConfig
-from megatron_tied.training.config_file import load_config
-from megatron_tied.training.planning import planned_layout, planned_subject, remarks
+
+if TYPE_CHECKING:
+    from megatron_tied.planner.layout import Layout
+    from megatron_tied.planner.plan import Plan, Subject
+    from megatron_tied.topology import TieConfig
+    from megatron_tied.training.config import RunConfig
 
 _GROUP_SIZES = (1, 2, 4)
 # What a plan without a config file is about.
 _SEQ_LENGTH, _SEQUENCES = 4096, 1024
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Adds `plan`."""
     told = "memory, traffic and speed of a run on machines that need not be here"
     parser = subparsers.add_parser("plan", help=told, description=told)
     parser.add_argument("--config", type=Path, help="the YAML file of a run")
     parser.add_argument("--arch", help="a model preset, in place of the config's model section")
     parser.add_argument("--scale", help="the preset's size")
-    parser.add_argument("--world-size", type=_count, required=True, metavar="N", help="how many ranks (GPUs)")
+    parser.add_argument("--world-size", type=count, required=True, metavar="N", help="how many ranks (GPUs)")
     parser.add_argument(
         "--hardware", default="h100", metavar="NAME", help="h100 (default), h200, b200, a100, cpu, or FILE:NAME"
     )
@@ -43,50 +40,68 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--imbalance", type=_at_least_one, help="tokens of the busiest rank over the mean")
     parser.add_argument("--search", action="store_true", help="try EP, ZeRO, micro-batch, group size and recompute")
     parser.add_argument("--group-sizes", default=_GROUP_SIZES, type=_counts, metavar="1,2,4", help="to search")
-    parser.add_argument("--top", type=_count, default=10, help="how many layouts of a search are shown")
+    parser.add_argument("--top", type=count, default=10, help="how many layouts of a search are shown")
     parser.add_argument("--json", action="store_true", help="everything, in bytes and seconds")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="replace single values")
     parser.set_defaults(run=_plan)
 
 
 def _plan(args: argparse.Namespace) -> int:
+    # With pydantic and OmegaConf behind them they are not for those who ask for help.
+    from megatron_tied.planner.hardware import load_hardware
+    from megatron_tied.training.planning import planned_layout, planned_subject, remarks
+
     hardware = load_hardware(args.hardware)
     if args.gpu_memory is not None:
         hardware = hardware.model_copy(update={"memory_gb": args.gpu_memory})
     config = _config(args)
     planned_only = remarks(config, args.world_size)
-    assumed = {"imbalance": args.imbalance}
-    layout = planned_layout(config, args.world_size, **{key: value for key, value in assumed.items() if value})
+    assumed = {} if args.imbalance is None else {"imbalance": args.imbalance}
+    layout = planned_layout(config, args.world_size, **assumed)
     subject = planned_subject(config, hardware)
-    out = console()
-    if args.search:
-        found = search(subject, config.tie, layout, args.group_sizes)
-        if args.json:
-            plans = [plan.to_json() for plan in found.fitting[: args.top]]
-            counts = {"considered": found.considered, "fitting": len(found.fitting)}
-            print(json.dumps({**counts, "plans": plans, "planned_only": list(map(str, planned_only))}, indent=2))
-            return 0
-        out.print(found_table(found, args.top))
-        if found.fitting:
-            out.print(resting_on(found.fitting[0]))
-    else:
-        named = _compared(subject, config.tie, layout)
-        if args.json:
-            plans = {name: plan.to_json() for name, plan in named}
-            print(json.dumps({"plans": plans, "planned_only": list(map(str, planned_only))}, indent=2))
-            return 0
-        name, plan = named[0] if subject.topology(config.tie) == named[0][1].topology else named[1]
-        advice = changes(subject, config.tie, plan)
-        out.print(comparison(named), verdict(name, plan, advice), resting_on(plan), sep="\n\n")
+    show = _searched if args.search else _side_by_side
+    told = show(args, subject, config.tie, layout)
+    if args.json:
+        print(json.dumps({**told, "planned_only": list(map(str, planned_only))}, indent=2))
+        return 0
     for problem in planned_only:
-        out.print(f"planned only, this version cannot train it: {problem}")
+        print(f"planned only, this version cannot train it: {problem}")
     if config.offloads_to_nvme():
-        out.print("offload to nvme is planned like offload to cpu: its bytes stand under host, disks are not timed")
+        print("offload to nvme is planned like offload to cpu: its bytes stand under host, disks are not timed")
     return 0
 
 
+def _searched(args: argparse.Namespace, subject: Subject, tie: TieConfig, layout: Layout) -> dict[str, object]:
+    """The best layouts: for JSON, and shown unless that is asked for."""
+    from megatron_tied.cli.console import console
+    from megatron_tied.planner.report import found_table, resting_on
+    from megatron_tied.planner.search import search
+
+    found = search(subject, tie, layout, args.group_sizes)
+    if not args.json:
+        console().print(found_table(found, args.top), *map(resting_on, found.fitting[:1]), sep="\n")
+    plans = [plan.to_json() for plan in found.fitting[: args.top]]
+    return {"considered": found.considered, "fitting": len(found.fitting), "plans": plans}
+
+
+def _side_by_side(args: argparse.Namespace, subject: Subject, tie: TieConfig, layout: Layout) -> dict[str, object]:
+    """The asked-for layout, tied and untied: for JSON, and shown unless that is asked for."""
+    from megatron_tied.cli.console import console
+    from megatron_tied.planner.advice import changes
+    from megatron_tied.planner.report import comparison, resting_on, verdict
+
+    named = _compared(subject, tie, layout)
+    if not args.json:
+        name, plan = named[0] if subject.topology(tie) == named[0][1].topology else named[1]
+        advice = changes(subject, tie, plan)
+        console().print(comparison(named), verdict(name, plan, advice), resting_on(plan), sep="\n\n")
+    return {"plans": {name: plan.to_json() for name, plan in named}}
+
+
 def _config(args: argparse.Namespace) -> RunConfig:
-    sections = {}
+    from megatron_tied.training.config_file import load_config
+
+    sections: dict[str, dict[str, object]] = {}
     if args.arch is not None:
         sections["model"] = {"preset": args.arch, **({"scale": args.scale} if args.scale else {})}
     elif args.scale is not None:
@@ -119,21 +134,12 @@ def _compared(subject: Subject, tie: TieConfig, layout: Layout) -> list[tuple[st
     return named
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer >= 1")
-    return int(text)
-
-
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(map(_count, text.split(",")))
+    return tuple(map(count, text.split(",")))
 
 
 def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number > 0")
     return value

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from megatron_tied.cli.options import Subparsers
+
 if TYPE_CHECKING:
     from megatron_tied.data.prepare import Prepared
 
@@ -19,7 +21,7 @@ on with by the same command. Nothing appears under PREFIX before all of it is co
 _STREAM_ONLY = ("dataset_config", "dataset_revision", "split", "max_tokens", "max_rows", "skip_rows", "shuffle_files")
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Add the `prepare-data` command."""
     parser = subparsers.add_parser("prepare-data", help="tokenise text for training", description=_DESCRIPTION)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -95,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepared(args: argparse.Namespace) -> Prepared:
-    from megatron_tied.data.prepare import Request, prepare_data, prepare_dataset
+    from megatron_tied.data.prepare import prepare_data, prepare_dataset
+    from megatron_tied.data.stream import Request
     from megatron_tied.errors import ConfigError, Problem
 
     given = {name: getattr(args, name) for name in _STREAM_ONLY if getattr(args, name) is not None}

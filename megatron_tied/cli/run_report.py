@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_tied.cli.options import Subparsers
 from megatron_tied.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ _PAGE = "report.html"
 _BAR_AFTER_SECONDS = 1.0
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Adds `report`."""
     told = "losses, speed, memory, routing and tied groups of a run, or of several compared, as text and as HTML"
     parser = subparsers.add_parser("report", help=told, description=told)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from megatron_tied.cli.options import Subparsers
 from megatron_tied.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ example:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Adds `supervise`."""
     parser = subparsers.add_parser(
         "supervise",

@@ -233,7 +233,7 @@ def test_the_diff_is_coloured_on_a_terminal(script: Path, monkeypatch: pytest.Mo
     from rich.console import Console
 
     terminal = Console(force_terminal=True, width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    monkeypatch.setattr("megatron_tied.cli.patch_config.console", lambda: terminal)
+    monkeypatch.setattr("megatron_tied.cli.console.console", lambda: terminal)
     assert main(["patch", "--dry-run", str(script)]) == 0
     coloured = terminal.export_text(styles=True)
     assert "\x1b[32m+    --moe-tie-group-size 4" in coloured
