@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -33,6 +33,29 @@ def gather_json(value: AnyJson, group: dist.ProcessGroup | None = None) -> list[
     padded[: len(written)] = torch.frombuffer(bytearray(written), dtype=torch.uint8)
     gathered = zip(_all_gather(padded, group), sizes, strict=True)
     return [json.loads(of_rank[:size].cpu().numpy().tobytes()) for of_rank, size in gathered]
+
+
+def on_rank_0(
+    action: Callable[[], AnyJson], failures: tuple[type[Exception], ...], told: Callable[[str], Exception]
+) -> AnyJson:
+    """What `action` finds on the first rank, for all: ranks may see a shared file system a moment apart; a collective.
+
+    If one of `failures` is raised there, every rank raises what `told` makes of its message. Without process groups
+    this process is the first rank, and the only one.
+    """
+    found: list[AnyJson] = []
+    reason: str | None = None
+    is_alone = not dist.is_initialized()
+    if is_alone or dist.get_rank() == 0:
+        try:
+            found.append(action())
+        except failures as error:
+            reason = str(error)
+    if not is_alone:
+        found, reason = gather_json((found, reason))[0]
+    if reason is not None:
+        raise told(reason)
+    return found[0]
 
 
 def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:

@@ -37,7 +37,7 @@ class CheckpointDirectory:
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
     def latest(self) -> Path | None:
-        """What `latest` names, there or not; None without it. Raises `BrokenCheckpointError` if it names no step."""
+        """The checkpoint that `latest` names; None without it. Raises `BrokenCheckpointError` if it names none."""
         try:
             name = (self.root / LATEST).read_bytes().decode(errors="replace").strip()
         except (FileNotFoundError, NotADirectoryError):
@@ -46,6 +46,8 @@ class CheckpointDirectory:
             raise BrokenCheckpointError(self.root / LATEST, f"cannot be read: {error.strerror}") from None
         if not _STEP.fullmatch(name):
             raise BrokenCheckpointError(self.root / LATEST, f"does not name a checkpoint: {name[:40]!r}")
+        if not (self.root / name).is_dir():
+            raise BrokenCheckpointError(self.root / LATEST, f"names {name}, which is not there")
         return self.root / name
 
     def begin(self, step: int) -> None:
@@ -104,7 +106,5 @@ def resolve(path: Path) -> Path:
     for root in (path, path / CHECKPOINTS):
         named = CheckpointDirectory(root).latest()
         if named is not None:
-            if not named.is_dir():
-                raise BrokenCheckpointError(root / LATEST, f"names {named.name}, which is not there")
             return named
     return path

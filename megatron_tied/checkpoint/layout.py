@@ -95,7 +95,8 @@ def _is_first_copy(index: int, parameter: torch.nn.Parameter, partitioned: bool)
         return True
     group = parallel_state.get_expert_data_parallel_group() if is_expert else parallel_state.get_data_parallel_group()
     # In turn, so that all of them write.
-    return index % group.size() == group.rank()
+    writer: int = index % group.size()
+    return writer == group.rank()
 
 
 def _dense_blocks(parameter_name: str, parameter: torch.nn.Parameter) -> Iterator[Block]:
@@ -126,7 +127,7 @@ def _expert_blocks(name: str, parameter: torch.nn.Parameter, layer: TiedMoELayer
                     shape=(layer.config.num_moe_experts, *matrix.shape),
                     offsets=(index, 0, 0),
                     sizes=(1, *matrix.shape),
-                    start=matrix.storage_offset() - parameter.storage_offset(),
+                    start=int(matrix.storage_offset() - parameter.storage_offset()),
                 )
 
 

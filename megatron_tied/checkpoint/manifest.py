@@ -19,10 +19,8 @@ _READ_BYTES = 1 << 22
 class BrokenCheckpointError(ValueError):
     """A checkpoint that must not be used: which file or directory, and what is wrong with it."""
 
-    def __init__(self, path: Path, cause: str):
-        self.path = path
-        self.cause = cause
-        super().__init__(f"{path}: {cause}")
+    def __init__(self, *told: Path | str):
+        super().__init__(": ".join(map(str, told)))
 
 
 @dataclass(frozen=True)

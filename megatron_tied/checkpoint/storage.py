@@ -6,7 +6,6 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +17,15 @@ from megatron_tied.checkpoint.rectangles import Rectangles, StateDict
 from megatron_tied.files import sync
 
 Slices = tuple[slice, ...]
+# A file's bytes and SHA-256; of each rectangle in it: tensor, dtype, the tensor's shape, where it begins, its sizes.
+Written = tuple[int, str, list[tuple[str, str, list[int], list[int], list[int]]]]
 
 
-def write(directory: Path, rank: int, tensors: StateDict) -> dict[str, Any] | None:
+def write(directory: Path, rank: int, tensors: StateDict) -> Written | None:
     """Write the file of `rank`, flush it to its device, read it again and compare.
 
-    Returns what `completed` needs to know of it, as JSON; None where there is nothing to write. Raises `OSError` if it
-    does not hold what was written.
+    Returns what `completed` needs to know of it; None where there is nothing to write. Raises `OSError` if it does not
+    hold what was written.
     """
     content: dict[str, torch.Tensor] = {}
     chunks = []
@@ -32,18 +33,19 @@ def write(directory: Path, rank: int, tensors: StateDict) -> dict[str, Any] | No
         whole = Rectangles.of(value)
         for offsets, piece in whole.pieces.items():
             content[tensor_key(name, offsets)] = piece.detach().cpu().contiguous()
-            chunks.append([name, str(piece.dtype).removeprefix("torch."), whole.shape, offsets, piece.shape])
+            dtype = str(piece.dtype).removeprefix("torch.")
+            chunks.append((name, dtype, list(whole.shape), list(offsets), list(piece.shape)))
     if not content:
         return None
     path = directory / _file_name(rank)
     save_file(content, path)
     sync(path)
-    file = File(path.stat().st_size, sha256(path))
+    size, checksum = path.stat().st_size, sha256(path)
     _compare(path, content)
-    return {"file": dataclasses.asdict(file), "chunks": chunks}
+    return size, checksum, chunks
 
 
-def completed(manifest: Manifest, written: Sequence[dict[str, Any] | None], expected: Set[str]) -> Manifest:
+def completed(manifest: Manifest, written: Sequence[Written | None], expected: Set[str]) -> Manifest:
     """`manifest` with the files and tensors that `write` has told of, rank by rank.
 
     Raises `ValueError` if one of the `expected` tensors is missing, if any has elements that are not there or there
@@ -54,8 +56,9 @@ def completed(manifest: Manifest, written: Sequence[dict[str, Any] | None], expe
     for rank, told in enumerate(written):
         if told is None:
             continue
-        files[_file_name(rank)] = File(**told["file"])
-        for name, dtype, shape, offsets, sizes in told["chunks"]:
+        size, checksum, chunks = told
+        files[_file_name(rank)] = File(size, checksum)
+        for name, dtype, shape, offsets, sizes in chunks:
             tensor = tensors.setdefault(name, Tensor(dtype, shape, []))
             if (tensor.dtype, tensor.shape) != (dtype, shape):
                 raise ValueError(f"{name} is {tensor.dtype} {tensor.shape} and, on rank {rank}, {dtype} {shape}")
@@ -118,7 +121,7 @@ def _overlaps(wanted: Rectangles, chunks: Sequence[Chunk]) -> Iterator[tuple[Chu
     for offsets, piece in wanted.pieces.items():
         # All chunks at once: one after the other, a thousand rectangles of a thousand chunks would take seconds.
         low, high = np.maximum(begins, offsets), np.minimum(ends, np.add(offsets, piece.shape))
-        for index in np.flatnonzero((low < high).all(axis=1)):
+        for index in np.flatnonzero((low < high).all(axis=1)).tolist():
             in_chunk, in_piece = (
                 tuple(map(slice, (low[index] - origin).tolist(), (high[index] - origin).tolist()))
                 for origin in (begins[index], offsets)

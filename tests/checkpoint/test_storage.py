@@ -135,10 +135,11 @@ def test_what_is_not_there_is_not_loaded(tmp_path: Path) -> None:
 )
 def test_ranks_that_do_not_fit_together(tmp_path: Path, second: list[Box]) -> None:
     first, other = written(tmp_path, {"v": cut(torch.zeros(6), [((0,), (2,))])}, {"w": torch.zeros(3)})
+    size, checksum, chunks = other
 
     def with_second(boxes: list[Box]) -> list[Any]:
         more = [["v", "float32", [6], list(offsets), list(sizes)] for offsets, sizes in boxes]
-        return [first, other | {"chunks": other["chunks"] + more}]
+        return [first, [size, checksum, chunks + more]]
 
     assert list(completed(EMPTY, with_second([((2,), (4,))]), {"v", "w"}).tensors) == ["v", "w"]
     with pytest.raises(ValueError, match=r"^the ranks have not written every element once of v$"):
