@@ -77,5 +77,5 @@ class BankNorms:
 
 def _squared_norm(tensor: torch.Tensor) -> torch.Tensor:
     # In parts: each is copied in float64.
-    parts = tensor.split(_AT_ONCE)
-    return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in parts]).sum()
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in torch.split(tensor, _AT_ONCE)]
+    return torch.stack(norms).square().sum()

@@ -37,7 +37,7 @@ class Block:
 
     def split(self, block: torch.Tensor) -> list[torch.Tensor]:
         """The matrices of `block` [rows, columns]."""
-        parts = block.view(self.groups, -1, self.columns).split(list(self.heights), dim=1)
+        parts = torch.split(block.view(self.groups, -1, self.columns), list(self.heights), dim=1)
         return [part.flatten(0, 1) for part in parts]
 
     def join(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -55,7 +55,8 @@ def is_hidden_matrix(name: str, parameter: torch.nn.Parameter) -> bool:
 def blocks_of(name: str, shape: torch.Size, config: TransformerConfig) -> Iterator[Block]:
     """The blocks of a parameter that `is_hidden_matrix`: one for each expert; query, key and value are matrices."""
     *experts, rows, columns = shape
-    groups, heights = 1, (rows,)
+    groups = 1
+    heights: tuple[int, ...] = (rows,)
     if _QKV.search(name):
         # Megatron-Core has them by query group.
         groups, width = config.num_query_groups, config.kv_channels

@@ -17,25 +17,26 @@ def find_differences(model: torch.nn.Module) -> list[str]:
     Replicated ones are compared over all ranks, parts of a matrix over data parallel ranks, experts over the ranks of
     their expert-DP group. Parameters that ZeRO 3 has partitioned exist once and are passed over. A collective.
     """
-    replicated: dict[str, torch.Tensor] = {}
+    replicated = {name: buffer for name, buffer in model.named_buffers() if _is_whole(buffer)}
     parts: dict[str, torch.Tensor] = {}
     experts: dict[str, torch.Tensor] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if _is_whole(tensor):
-            kind = experts if is_expert_parallel(tensor) else parts if is_tensor_parallel(tensor) else replicated
-            kind[name] = tensor
-    differing = _differing(replicated, torch.distributed.group.WORLD)
+    for name, weight in model.named_parameters():
+        if _is_whole(weight):
+            kind = experts if is_expert_parallel(weight) else parts if is_tensor_parallel(weight) else replicated
+            kind[name] = weight
+    differing = _differing(replicated)
     differing += _differing(parts, parallel_state.get_data_parallel_group())
     differing += _differing(experts, parallel_state.get_expert_data_parallel_group())
     return sorted({name for names in gather_json(differing) for name in names})
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
-    return tensor.numel() > 0 and not (hasattr(tensor, "ds_id") and tensor.ds_status.name != "AVAILABLE")
+    status = getattr(tensor, "ds_status", None)
+    return tensor.numel() > 0 and (status is None or status.name == "AVAILABLE")
 
 
-def _differing(tensors: dict[str, torch.Tensor], group: torch.distributed.ProcessGroup) -> list[str]:
-    if not tensors or group.size() == 1:
+def _differing(tensors: dict[str, torch.Tensor], group: torch.distributed.ProcessGroup | None = None) -> list[str]:
+    if not tensors or torch.distributed.get_world_size(group) == 1:
         return []
     lowest = torch.stack([checksum(tensor) for tensor in tensors.values()])
     highest = lowest.clone()

@@ -73,7 +73,9 @@ _REFUSED_ZERO_WITH_EXPERT_GROUPS: Refusals = {
 }
 
 # DeepSpeed itself ignores unknown top-level keys. Those that it reads:
-_TOP_LEVEL_KEYS = (_REFUSED | _REFUSED_IN_RUNS).keys() | {
+_TOP_LEVEL_KEYS = {
+    *_REFUSED,
+    *_REFUSED_IN_RUNS,
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
     *("gradient_clipping", "bf16", "fp16", "data_types"),
     *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio"),
@@ -245,7 +247,7 @@ def _section(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _lookup(config: Mapping[str, Any], path: tuple[str, ...]) -> object:
-    value: Any = config
+    value: object = config
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value

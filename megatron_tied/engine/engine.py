@@ -15,7 +15,6 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron_tied.engine.gradient_norm import clip_gradients, global_gradient_norm
 from megatron_tied.engine.groups import is_expert_parallel
 from megatron_tied.engine.router_state import RouterState
-from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.layers.accumulation import UseSites
 from megatron_tied.layers.banks import describe, gradient_sites
 from megatron_tied.layers.moe_layer import tied_layers
@@ -42,24 +41,7 @@ class TiedMoEEngine(DeepSpeedEngine):
         self._router_state = RouterState(model)
 
     def _validate_zero3_moe_compatibility(self) -> None:
-        # Upstream knows AutoEP layers only, and refuses any other; these are its remaining conditions.
-        if not self.has_moe_layers:
-            return
-        unsupported = {
-            "zero_quantized_gradients": bool(self.zero_quantized_gradients()),
-            "zero_hpz_partition_size": self.zero_hpz_partition_size() > 1,
-        }
-        problems = [
-            Problem(
-                f"deepspeed.zero_optimization.{name}",
-                value,
-                "is not supported with expert parallelism at stage 3",
-            )
-            for name, value in unsupported.items()
-            if value
-        ]
-        if problems:
-            raise ConfigError(problems)
+        """Nothing to do: upstream refuses what is not AutoEP, and `initialize` has looked at its other conditions."""
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's forward; in training, what its routers count is noted for `backward`."""
@@ -83,7 +65,10 @@ class TiedMoEEngine(DeepSpeedEngine):
         loss = super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         for sites, bank in self._use_sites.items():
             if not sites.is_complete:
-                raise RuntimeError(f"{bank}: only {sites.arrived} of {sites.use_sites} layers had a gradient")
+                raise RuntimeError(
+                    f"{bank}: only {sites.arrived} of {sites.use_sites} layers had a gradient in this backward pass; "
+                    "the loss must depend on all of them"
+                )
         self._router_state.after_backward()
         return loss
 
@@ -153,4 +138,4 @@ def _connect_use_sites(model: torch.nn.Module) -> dict[UseSites, str]:
 def _mark_ready(weights: list[torch.nn.Parameter], ready: bool) -> None:
     # ZeRO looks at this when a gradient hook fires, and passes over a gradient that is not ready.
     for weight in weights:
-        weight.ds_grad_is_ready = ready
+        vars(weight).update(ds_grad_is_ready=ready)

@@ -20,6 +20,10 @@ class Run:
     numel: int
     offset: int
 
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The elements, a view of that tensor."""
+        return flat.narrow(0, self.offset, self.numel)
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -105,14 +109,14 @@ class BlockExchange:
         torch.distributed.all_to_all_single(
             incoming, torch.cat(outgoing), sizes, [len(part) for part in outgoing], group=self._group
         )
-        return incoming.split(sizes)
+        return torch.split(incoming, sizes)
 
 
 def _taken_apart(
     expected: Sequence[Sequence[Piece]], received: Sequence[torch.Tensor]
 ) -> Iterator[tuple[Piece, torch.Tensor]]:
     for pieces, values in zip(expected, received, strict=True):
-        yield from zip(pieces, values.split([p.numel for p in pieces]), strict=True)
+        yield from zip(pieces, torch.split(values, [p.numel for p in pieces]), strict=True)
 
 
 def _cut(blocks: Sequence[Block], owners: Sequence[int], most: int) -> Iterator[list[int]]:

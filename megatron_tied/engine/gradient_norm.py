@@ -28,11 +28,12 @@ def global_gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> float:
 
 
 def _holders(parameter: torch.nn.Parameter) -> int:
+    holders: int = torch.distributed.get_world_size()
     if is_expert_parallel(parameter):
-        return parallel_state.get_expert_data_parallel_world_size()
-    if is_tensor_parallel(parameter):
-        return parallel_state.get_data_parallel_world_size()
-    return torch.distributed.get_world_size()
+        holders = parallel_state.get_expert_data_parallel_world_size()
+    elif is_tensor_parallel(parameter):
+        holders = parallel_state.get_data_parallel_world_size()
+    return holders
 
 
 @torch.no_grad()

@@ -93,8 +93,10 @@ def mark_expert_parameters(model: torch.nn.Module) -> None:
     name = expert_group_name()
     for parameter in model.parameters():
         if is_expert_parallel(parameter):
-            parameter.group_name = name
-            # For the gradient norm, in which DeepSpeed leaves out whatever tensor parallel ranks hold in common.
-            parameter.model_parallel = True
-            parameter.ds_zero_placement_family = "autoep_expert"
-            parameter.ds_zero_partition_group_name = name
+            vars(parameter).update(
+                group_name=name,
+                # For the gradient norm, in which DeepSpeed leaves out whatever tensor parallel ranks hold in common.
+                model_parallel=True,
+                ds_zero_placement_family="autoep_expert",
+                ds_zero_partition_group_name=name,
+            )

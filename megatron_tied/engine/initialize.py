@@ -27,8 +27,8 @@ from megatron_tied.engine.parameter_groups import parameter_groups
 from megatron_tied.engine.tensor_parallel import sum_partial_gradients
 from megatron_tied.engine.zero3 import with_bank_reuse
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.layers.moe_layer import tied_layers
-from megatron_tied.layers.sharing_layer import sharing_layers
+from megatron_tied.layers.moe_layer import TiedMoELayer, tied_layers
+from megatron_tied.layers.sharing_layer import SharingLayer, sharing_layers
 from megatron_tied.layers.tensor_parallel import mark_tensor_parallel
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -40,8 +40,8 @@ def initialize(
     config: Mapping[str, Any] | str | Path,
     optimizer: torch.optim.Optimizer | OptimizerFactory | None = None,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | SchedulerFactory | None = None,
-    training_data: torch.utils.data.Dataset | None = None,
-    collate_fn: Callable | None = None,
+    training_data: torch.utils.data.Dataset[Any] | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
 ) -> tuple[TiedMoEEngine, Any, Any, Any]:
     """Wrap a model with tied experts for training; returns (engine, optimizer, dataloader, lr_scheduler).
 
@@ -55,7 +55,8 @@ def initialize(
     start_distributed()
     if not parallel_state.model_parallel_is_initialized():
         initialize_model_parallel()
-    for layer in (*tied_layers(model), *sharing_layers(model)):
+    layers: list[TiedMoELayer | SharingLayer] = [*tied_layers(model), *sharing_layers(model)]
+    for layer in layers:
         layer.check_tied()
     ds_config = dict(config) if isinstance(config, Mapping) else load_ds_config(str(config))
     _check_config(ds_config)
@@ -63,7 +64,8 @@ def initialize(
     register_with_deepspeed()
     mark_tensor_parallel(model)
     sum_partial_gradients(model)
-    groups = parameter_groups(model, **_optimizer_defaults(ds_config))
+    lr, weight_decay = _optimizer_defaults(ds_config)
+    groups = parameter_groups(model, lr=lr, weight_decay=weight_decay)
     if isinstance(optimizer, torch.optim.Optimizer):
         _check_groups(optimizer)
     # What deepspeed.initialize does around the engine it makes: it cannot be told to make another class.
@@ -87,9 +89,10 @@ def initialize(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _optimizer_defaults(ds_config: Mapping[str, Any]) -> dict[str, float]:
+def _optimizer_defaults(ds_config: Mapping[str, Any]) -> tuple[float, float]:
+    """The learning rate and weight decay of the optimizer that `ds_config` names."""
     params = ds_config.get("optimizer", {}).get("params", {})
-    return {"lr": params.get("lr", 1e-3), "weight_decay": params.get("weight_decay", 0.0)}
+    return params.get("lr", 1e-3), params.get("weight_decay", 0.0)
 
 
 def _check_config(ds_config: Mapping[str, Any]) -> None:
@@ -98,11 +101,7 @@ def _check_config(ds_config: Mapping[str, Any]) -> None:
         parallel_state.get_expert_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),
     )
-    found = engine_problems(
-        ds_config,
-        precision=half[0] if half else "fp32",
-        sharded=max(sizes) > 1,
-    )
+    found = engine_problems(ds_config, precision=half[0] if half else "fp32", sharded=max(sizes) > 1)
     if problems := list(found):
         raise ConfigError(problems)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import torch
 
 from megatron_tied.engine.blocks import blocks_of, is_hidden_matrix
@@ -9,6 +11,7 @@ from megatron_tied.engine.engine import TiedMoEEngine
 from megatron_tied.engine.exchange_blocks import BlockExchange, Run
 from megatron_tied.engine.muon import MuonAdamW
 from megatron_tied.engine.partitions import runs
+from megatron_tied.exchange import gather_json
 
 # Elements that a rank works on at once, for which some 12 bytes each are taken meanwhile.
 MOST = 1 << 24
@@ -29,12 +32,12 @@ def locate_matrices(engine: TiedMoEEngine, optimizer: MuonAdamW) -> None:
 
 def _exchange(engine: TiedMoEEngine, holder: torch.Tensor) -> BlockExchange:
     """A collective of the ranks that share the parameters of `holder`, once for each."""
-    here = [Run(name, start, numel, offset) for name, start, numel, flat, offset in runs(engine) if flat is holder]
+    here = [run for run, flat in runs(engine) if flat is holder]
     group = _group(engine, holder)
-    everywhere = [here]
+    everywhere, rank = [here], 0
     if group is not None and group.size() > 1:
-        everywhere = [[] for _ in range(group.size())]
-        torch.distributed.all_gather_object(everywhere, here, group=group)
+        everywhere = [[Run(*run) for run in of_rank] for of_rank in gather_json(list(map(astuple, here)), group)]
+        rank = group.rank()
     held = {run.parameter for of_rank in everywhere for run in of_rank}
     blocks = [
         block
@@ -42,7 +45,7 @@ def _exchange(engine: TiedMoEEngine, holder: torch.Tensor) -> BlockExchange:
         if name in held and is_hidden_matrix(name, parameter)
         for block in blocks_of(name, getattr(parameter, "ds_shape", parameter.shape), engine.module.config)
     ]
-    return BlockExchange(blocks, everywhere, group, group.rank() if len(everywhere) > 1 else 0, engine.device, MOST)
+    return BlockExchange(blocks, everywhere, group, rank, engine.device, MOST)
 
 
 def _group(engine: TiedMoEEngine, holder: torch.Tensor) -> torch.distributed.ProcessGroup | None:
@@ -52,6 +55,8 @@ def _group(engine: TiedMoEEngine, holder: torch.Tensor) -> torch.distributed.Pro
         return None
     if stage < 3:
         index = next(i for i, flat in enumerate(optimizer.single_partition_of_fp32_groups) if flat is holder)
-        return optimizer.real_dp_process_group[index]
-    index = next(i for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat) if flat is holder)
-    return optimizer.fp16_groups[index][0].ds_process_group
+        group: torch.distributed.ProcessGroup = optimizer.real_dp_process_group[index]
+    else:
+        index = next(i for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat) if flat is holder)
+        group = optimizer.fp16_groups[index][0].ds_process_group
+    return group

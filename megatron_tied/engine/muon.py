@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -48,6 +48,10 @@ class MuonAdamW(torch.optim.Optimizer):
         self._precision = precision
         self._adamw.state = self.state
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of everything that has a gradient. A collective of the ranks that share parameters."""
@@ -59,15 +63,15 @@ class MuonAdamW(torch.optim.Optimizer):
             if group[IS_MUON]:
                 for holder in group["params"]:
                     if holder.grad is not None:
-                        self._update(holder, group)
+                        self._update(holder, holder.grad, group)
         return loss
 
-    def _update(self, holder: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, holder: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[holder]
         if MOMENTUM not in state:
             state[MOMENTUM] = torch.zeros_like(holder)
-        momentum = state[MOMENTUM].lerp_(holder.grad, 1 - group["momentum"]).view(-1)
-        weight, gradient = holder.view(-1), holder.grad.view(-1)
+        momentum = state[MOMENTUM].lerp_(grad, 1 - group["momentum"]).view(-1)
+        weight, gradient = holder.view(-1), grad.view(-1)
         exchange = self.locate(holder)
 
         def read(where: slice) -> torch.Tensor:

@@ -17,8 +17,8 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
 
     Source: `torch.optim._muon._zeropower_via_newtonschulz`, which takes one matrix, to bf16; with its constants.
     """
-    at_once = _AT_ONCE_ON_GPU if matrices.is_cuda else _AT_ONCE_ON_CPU
-    return torch.cat([_orthogonalized(part) for part in matrices.split(max(1, at_once // matrices[0].numel()))])
+    at_once = (_AT_ONCE_ON_GPU if matrices.is_cuda else _AT_ONCE_ON_CPU) // matrices[0].numel()
+    return torch.cat([_orthogonalized(part) for part in torch.split(matrices, max(1, at_once))])
 
 
 def _orthogonalized(matrices: torch.Tensor) -> torch.Tensor:

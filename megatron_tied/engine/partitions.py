@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from megatron_tied.engine.engine import TiedMoEEngine
+from megatron_tied.engine.exchange_blocks import Run
 from megatron_tied.engine.muon import IS_MUON, MOMENTUM
 
 WEIGHT = "weight"
@@ -35,8 +36,8 @@ class Fragment:
 def fragments(engine: TiedMoEEngine) -> list[Fragment]:
     """Everything that this rank's optimizer holds, and what it has of frozen parameters: at stages 0 to 2 all of it."""
     updated = [
-        Fragment(name, start, {key: flat.narrow(0, offset, numel) for key, flat in _flat_tensors(engine, holder)})
-        for name, start, numel, holder, offset in runs(engine)
+        Fragment(run.parameter, run.start, {key: run.of(flat) for key, flat in _flat_tensors(engine, holder)})
+        for run, holder in runs(engine)
     ]
     return [*updated, *_frozen(engine)]
 
@@ -44,11 +45,7 @@ def fragments(engine: TiedMoEEngine) -> list[Fragment]:
 def weights(engine: TiedMoEEngine, parameters: Iterable[str]) -> dict[str, torch.Tensor]:
     """The elements of each of these parameters that this rank's optimizer updates, 1-D views, float32."""
     wanted = set(parameters)
-    return {
-        name: holder.detach().view(-1).narrow(0, offset, numel)
-        for name, _, numel, holder, offset in runs(engine)
-        if name in wanted
-    }
+    return {run.parameter: run.of(holder.detach().view(-1)) for run, holder in runs(engine) if run.parameter in wanted}
 
 
 def gradients(engine: TiedMoEEngine, parameters: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -132,26 +129,26 @@ def publish_weights(engine: TiedMoEEngine) -> None:
             kept[0].all_gather(kept)
 
 
-def runs(engine: TiedMoEEngine) -> Iterator[tuple[str, int, int, torch.Tensor, int]]:
-    """(parameter name, first element in it, elements, the flat tensor that holds them, where in it)."""
+def runs(engine: TiedMoEEngine) -> Iterator[tuple[Run, torch.Tensor]]:
+    """The runs of parameters that this rank's optimizer updates, each with the flat tensor that holds it."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
         if stage == 0:
-            yield name, 0, parameter.numel(), parameter, 0
+            yield Run(name, 0, parameter.numel(), 0), parameter
         elif stage < 3:
             # What DeepSpeed made for its universal checkpoints; None: other ranks hold all of the parameter.
             if (mapping := parameter._hp_mapping) is not None:
                 here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                 holder = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-                yield name, here.start, here.numel, holder, there.start
+                yield Run(name, here.start, here.numel, there.start), holder
         else:
             group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = optimizer._get_param_partition_rank(parameter) * padded
             numel = min(padded, parameter.ds_numel - start)
             if numel > 0:
-                yield name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset
+                yield Run(name, start, numel, offset), optimizer.fp32_partitioned_groups_flat[group]
 
 
 def _frozen(engine: TiedMoEEngine) -> Iterator[Fragment]:
@@ -184,11 +181,13 @@ def _holders_by_group(engine: TiedMoEEngine) -> Iterator[tuple[dict[str, Any], l
 
 
 def _inner(engine: TiedMoEEngine) -> torch.optim.Optimizer:
-    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+    optimizer: torch.optim.Optimizer = engine.optimizer
+    return optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
 
 
-def _state(engine: TiedMoEEngine, holder: torch.Tensor) -> dict[str, object]:
-    return _inner(engine).state[holder]
+def _state(engine: TiedMoEEngine, holder: torch.Tensor) -> dict[str, torch.Tensor | float]:
+    state: dict[str, torch.Tensor | float] = _inner(engine).state[holder]
+    return state
 
 
 def _flat_tensors(engine: TiedMoEEngine, holder: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -198,5 +197,5 @@ def _flat_tensors(engine: TiedMoEEngine, holder: torch.Tensor) -> Iterator[tuple
             yield key, value.view(-1)
 
 
-def _is_like(value: object, holder: torch.Tensor) -> bool:
+def _is_like(value: torch.Tensor | float, holder: torch.Tensor) -> TypeGuard[torch.Tensor]:
     return torch.is_tensor(value) and value.shape == holder.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_tied.layers.moe_layer import tied_layers
 
@@ -16,7 +17,7 @@ def bank_reuse_distance(model: torch.nn.Module) -> int:
     distance on it holds a bank through its tie group; at its default of 1e9 it would also hold it, and most of a
     model, from forward to backward. What else a tie group shares is used again behind the bank, too.
     """
-    layers = {layer.layer_number: layer for layer in model.modules() if hasattr(layer, "self_attention")}
+    layers = {layer.layer_number: layer for layer in model.modules() if isinstance(layer, TransformerLayer)}
     experts = {layer.layer_index: _elements(layer.experts) for layer in tied_layers(model)}
     other = {number - 1: _elements(layer) - experts.get(number - 1, 0) for number, layer in layers.items()}
     distances = [0]
