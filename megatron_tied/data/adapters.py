@@ -81,7 +81,9 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        eod = ids.get(SEPARATOR, ids.get(end))
+        eod = ids.get(SEPARATOR)
+        if eod is None and end is not None:
+            eod = ids.get(end)
         if eod is None:
             valid = f"must have the token {SEPARATOR}, or an eos_token in {_CONFIGS[0]}, to separate documents with"
             raise ConfigError(Problem(field, source, valid))

@@ -43,21 +43,21 @@ def parse_blend(value: BlendSpec, field: str) -> Blend:
     valid = "must be a prefix or a list of pairs such as [0.75, PREFIX_A, 0.25, PREFIX_B]"
     if not value or len(value) % 2:
         raise ConfigError(Problem(field, value, valid))
-    weights, prefixes = value[::2], value[1::2]
-    problems = [
-        Problem(field, weight, f"{valid}; a weight must be a number > 0")
-        for weight in weights
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf
-    ]
-    problems += [
-        Problem(field, prefix, f"{valid}; a prefix must be a path")
-        for prefix in prefixes
-        if not isinstance(prefix, str | Path)
-    ]
+    weights: list[float] = []
+    prefixes: list[Path] = []
+    problems: list[Problem] = []
+    for weight, prefix in zip(value[::2], value[1::2], strict=True):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            problems.append(Problem(field, weight, f"{valid}; a weight must be a number > 0"))
+        else:
+            weights.append(float(weight))
+        if isinstance(prefix, str | Path):
+            prefixes.append(Path(prefix).absolute())
+        else:
+            problems.append(Problem(field, prefix, f"{valid}; a prefix must be a path"))
     if problems:
         raise ConfigError(problems)
-    paths = tuple(Path(prefix).absolute() for prefix in prefixes)
-    return Blend(paths, tuple(map(float, weights)) if len(paths) > 1 else None)
+    return Blend(tuple(prefixes), tuple(weights) if len(weights) > 1 else None)
 
 
 def parse_split(split: str | None) -> Spans:
@@ -112,7 +112,6 @@ def check_data(
         spans = parse_split(split)
     except ConfigError as error:
         problems += error.problems
-        spans = parse_split(None)
     if problems:
         return problems
     cache = cache_directory(cache_dir, blends["data.train"])
@@ -202,7 +201,7 @@ def _vocabulary_problems(
             chosen = load_tokenizer(tokenizer, field="data.tokenizer")
         except ConfigError as error:
             yield from error.problems
-    described = [data_set for data_set in data_sets if data_set.metadata is not None]
+    made_by = [(found.prefix, found.metadata.tokenizer_sha256) for found in data_sets if found.metadata is not None]
     for data_set in data_sets:
         metadata = data_set.metadata
         largest = data_set.largest_id(cache)
@@ -217,8 +216,8 @@ def _vocabulary_problems(
             made_with = f"{metadata.tokenizer}, sha256 {metadata.tokenizer_sha256[:12]}..."
             valid = f"must be the tokenizer that made {data_set.prefix} ({made_with})"
             yield Problem("data.tokenizer", str(tokenizer), valid)
-        elif metadata.tokenizer_sha256 != described[0].metadata.tokenizer_sha256:
-            valid = f"must have been made with the same tokenizer as {described[0].prefix}"
+        elif metadata.tokenizer_sha256 != made_by[0][1]:
+            valid = f"must have been made with the same tokenizer as {made_by[0][0]}"
             yield Problem(data_set.field, str(data_set.prefix), valid)
 
 

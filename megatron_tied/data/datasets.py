@@ -9,14 +9,14 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
-import torch
 import torch.distributed as dist
+from torch.utils.data import Dataset
 
 from megatron_tied import platform
 from megatron_tied.data.checks import (
@@ -29,8 +29,9 @@ from megatron_tied.data.checks import (
     parse_split,
 )
 from megatron_tied.data.metadata import with_suffix
+from megatron_tied.data.sampler import Sample
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.exchange import Json, gather_json
+from megatron_tied.exchange import AnyJson, gather_json, on_rank_0
 from megatron_tied.files import sync
 
 platform.prepare()
@@ -53,14 +54,13 @@ __all__ = ["Datasets", "build_datasets", "check_data"]
 # Of a blend's data sets Megatron-Core builds this share more samples than the weights ask for.
 _SURPLUS = 0.005
 _ABANDONED_SECONDS = 7 * 24 * 3600
-_T = TypeVar("_T")
 
 
 class Datasets(NamedTuple):
     """Samples are dicts of `tokens`, `labels`, `position_ids` (int64 [s]) and `loss_mask` (float32 [s])."""
 
-    train: torch.utils.data.Dataset
-    validation: torch.utils.data.Dataset | None
+    train: Dataset[Sample]
+    validation: Dataset[Sample] | None
 
 
 def build_datasets(
@@ -97,7 +97,7 @@ def build_datasets(
 
 def _build(
     role: Split, blend: Blend, span: Span, samples: int, *, cache: Path, seq_length: int, seed: int
-) -> torch.utils.data.Dataset:
+) -> Dataset[Sample]:
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
@@ -113,7 +113,8 @@ def _build(
     )
     config.split_matrix = [span if part is role else None for part in Split]
     sizes = [samples if part is role else 0 for part in Split]
-    return _Builder(GPTDataset, sizes, lambda: True, config).build()[role.value]
+    built: Dataset[Sample] = _Builder(GPTDataset, sizes, lambda: True, config).build()[role.value]
+    return built
 
 
 class _NoTokenizer:
@@ -128,7 +129,9 @@ class _Builder(BlendedMegatronDatasetBuilder):
     """Also blends in a process that has no process group."""
 
     @staticmethod
-    def build_generic_dataset(cls: Any, is_built_on_rank: Any, synchronize_ranks: bool, *args: Any) -> Any:
+    def build_generic_dataset(
+        cls: Callable[..., object], is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: object
+    ) -> object:
         if cls is BlendedDataset and not dist.is_initialized():
             cls = _LoneBlend
         return BlendedMegatronDatasetBuilder.build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *args)
@@ -138,14 +141,14 @@ class _LoneBlend(BlendedDataset):
     """Megatron-Core's own, given a cache directory, asks for the rank: an error without a process group."""
 
     def _build_indices(self) -> tuple[np.ndarray, np.ndarray]:
-        return _blend_indices(self.weights, self.size)
+        return _blend_indices(np.array(self.weights), self.size)
 
 
-def _blend_indices(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarray]:
+def _blend_indices(weights: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
     """For each sample of a blend its data set (int16 [samples]) and its number there (int64 [samples])."""
     data_set = np.zeros(samples, np.int16)
     sample = np.zeros(samples, np.int64)
-    helpers.build_blending_indices(data_set, sample, np.array(weights), len(weights), samples, False)
+    helpers.build_blending_indices(data_set, sample, weights, len(weights), samples, False)
     return data_set, sample
 
 
@@ -192,7 +195,7 @@ def _index_cache(root: Path, key: str) -> Iterator[Path]:
     try:
         yield place
     except BaseException:
-        if place != ready and _rank() == 0:
+        if place != ready and (not dist.is_initialized() or dist.get_rank() == 0):
             shutil.rmtree(place, ignore_errors=True)
         raise
     if place != ready:
@@ -242,23 +245,14 @@ def _problem(root: Path, valid: str) -> Problem:
     return Problem("data.cache_dir", str(root), valid)
 
 
-def _on_rank_0(root: Path, action: Callable[[], _T]) -> _T:
+def _on_rank_0(root: Path, action: Callable[[], AnyJson]) -> AnyJson:
     """Global rank 0 acts in the cache directory `root`; every rank returns its result, as JSON, or raises its error."""
-    outcome, failure = None, None
-    if _rank() == 0:
-        try:
-            outcome = action()
-        except OSError as error:
-            failure = str(error)
-    outcome, failure = _gathered([outcome, failure])[0]
-    if failure is not None:
-        raise ConfigError(_problem(root, f"must be a directory that can be written ({failure})"))
-    return outcome
+
+    def told(reason: str) -> ConfigError:
+        return ConfigError(_problem(root, f"must be a directory that can be written ({reason})"))
+
+    return on_rank_0(action, (OSError,), told)
 
 
-def _gathered(value: Json) -> list[Json]:
+def _gathered(value: bool) -> list[bool]:
     return gather_json(value) if dist.is_initialized() else [value]
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

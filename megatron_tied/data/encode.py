@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -70,7 +70,7 @@ class Encoder:
         return Encoded(np.array(ids, np.int32), lengths, ends, tally, disk_bytes, batch[-1].position)
 
 
-def encode_all(chunks: Iterable[Chunk], encoder: Encoder, workers: int) -> Iterator[Encoded]:
+def encode_all(chunks: Iterable[Chunk], encoder: Encoder, workers: int) -> Generator[Encoded, None, None]:
     """Encode `chunks` in batches on `workers` processes; batches come in order and few are held at a time.
 
     Raises `concurrent.futures.process.BrokenProcessPool` when a worker is killed.

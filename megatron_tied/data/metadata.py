@@ -43,6 +43,7 @@ class Metadata:
     format: str = FORMAT
 
     def write(self, path: Path) -> None:
+        """Write it as JSON."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
@@ -69,6 +70,7 @@ class Index:
 
     @property
     def tokens(self) -> int:
+        """The tokens of all sequences."""
         return int(self.lengths.sum(dtype=np.int64))
 
     @classmethod

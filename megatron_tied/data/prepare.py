@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -87,7 +88,7 @@ def prepare_data(
             staging.path(".model").write_bytes(pieces.model)
         else:
             pieces = given
-        writer = Writer(staging, pieces.vocab_size)
+        writer = Writer(staging, pieces)
         encoded = encode_all(read_chunks(sources), Encoder(pieces, jsonl_key, separator), workers)
         with closing(encoded) as batches, _bar(total, "tokenising") as bar:
             for batch in batches:
@@ -95,10 +96,8 @@ def prepare_data(
                 bar.update(batch.disk_bytes)
         if not writer.documents:
             raise ConfigError(Problem("--input", [str(path) for path in inputs], "must hold text"))
-        writer.finish()
         model = tokenizer or with_suffix(prefix, ".model")
-        metadata = writer.metadata(pieces, _seen_from(prefix, model), separator, None)
-        metadata.write(staging.path(".json"))
+        metadata = writer.finish(_seen_from(prefix, model), separator, None)
         staging.commit()
     seconds = time.monotonic() - start
     return Prepared(metadata, model, writer.tally.first_skipped, seconds, workers, metadata.source_bytes)
@@ -122,12 +121,7 @@ def prepare_dataset(
     """
     prefix = Path(output)
     _check(prefix, tokenizer, None, workers, SAMPLE_BYTES)
-    counts = {"--max-tokens": max_tokens, "--max-rows": request.max_rows}
-    problems = [Problem(field, n, "must be an integer >= 1") for field, n in counts.items() if n is not None and n < 1]
-    if request.skip_rows < 0:
-        problems.append(Problem("--skip-rows", request.skip_rows, "must be an integer >= 0"))
-    if problems:
-        raise ConfigError(problems)
+    _check_amount(request, max_tokens)
     pieces = load_tokenizer(tokenizer, field="--tokenizer")
     stream = Stream(request)
     workers = workers or usable_cpus()
@@ -135,7 +129,7 @@ def prepare_dataset(
     asked = source | {"separator": separator, "tokenizer_sha256": pieces.sha256}
     with Staging(prefix, overwrite=overwrite, writes_model=False, request=asked) as staging:
         start = time.monotonic()
-        writer = Writer(staging, pieces.vocab_size)
+        writer = Writer(staging, pieces)
         saved = before = writer.tally.text_bytes
         end = float("inf") if max_tokens is None else max_tokens
         encoded = encode_all(stream.chunks(writer.position), Encoder(pieces, TEXT, separator), workers)
@@ -151,9 +145,7 @@ def prepare_dataset(
                     saved = writer.tally.text_bytes
         if not writer.documents:
             raise ConfigError(Problem("--dataset", request.dataset, "must hold text in the rows that are asked for"))
-        writer.finish()
-        metadata = writer.metadata(pieces, _seen_from(prefix, tokenizer), separator, source)
-        metadata.write(staging.path(".json"))
+        metadata = writer.finish(_seen_from(prefix, tokenizer), separator, source)
         staging.commit()
     seconds, text_bytes = time.monotonic() - start, metadata.source_bytes - before
     return Prepared(metadata, tokenizer, writer.tally.first_skipped, seconds, workers, text_bytes)
@@ -182,6 +174,15 @@ def _check(
         raise ConfigError(problems)
 
 
+def _check_amount(request: Request, max_tokens: int | None) -> None:
+    counts = {"--max-tokens": max_tokens, "--max-rows": request.max_rows}
+    problems = [Problem(field, n, "must be an integer >= 1") for field, n in counts.items() if n is not None and n < 1]
+    if request.skip_rows < 0:
+        problems.append(Problem("--skip-rows", request.skip_rows, "must be an integer >= 0"))
+    if problems:
+        raise ConfigError(problems)
+
+
 def _trained(
     sources: list[Source], total: int, jsonl_key: str, vocab_size: int, sample_bytes: int
 ) -> SentencePieceTokenizer:
@@ -191,12 +192,12 @@ def _trained(
     return train_tokenizer(texts, vocab_size, max_bytes=sample_bytes)
 
 
-def _followed(chunks: Iterable[Chunk], bar: tqdm) -> Iterator[Chunk]:
+def _followed(chunks: Iterable[Chunk], bar: tqdm[NoReturn]) -> Iterator[Chunk]:
     for chunk in chunks:
         yield chunk
         bar.update(chunk.disk_bytes)
 
 
-def _bar(total: int, name: str) -> tqdm:
+def _bar(total: int, name: str) -> tqdm[NoReturn]:
     """A progress bar on stderr where that is a terminal."""
     return tqdm(total=total, desc=name, unit="B", unit_scale=True, unit_divisor=1024, disable=None)

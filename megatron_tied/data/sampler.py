@@ -14,6 +14,8 @@ from megatron_tied.errors import ConfigError, Problem
 _STALLED_SECONDS = 600
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
+Sample = dict[str, torch.Tensor]
+
 
 class GlobalBatchSampler(Sampler[list[int]]):
     """Yields one rank's micro-batches, as lists of sample indices, from `consumed_samples` on.
@@ -54,7 +56,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             yield list(range(start, start + self.micro_batch_size))
 
 
-def collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     """Stack samples: tokens, labels, position_ids (int64 [b, s]) and loss_mask (float32 [b, s])."""
     return {key: torch.stack([sample[key] for sample in samples]) for key in _KEYS}
 
@@ -65,7 +67,7 @@ def _outlive_stop_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def train_loader(dataset: Dataset, sampler: GlobalBatchSampler, *, num_workers: int = 0) -> DataLoader:
+def train_loader(dataset: Dataset[Sample], sampler: GlobalBatchSampler, *, num_workers: int = 0) -> DataLoader[Sample]:
     """A loader of micro-batches, without state of its own: to resume, make one with a sampler further on."""
     return DataLoader(
         dataset,

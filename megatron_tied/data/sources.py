@@ -47,6 +47,7 @@ class Source:
 
     @property
     def compression(self) -> str:
+        """`.gz` or `.zst`, or nothing."""
         suffix = self.path.suffix.lower()
         return suffix if suffix in COMPRESSIONS else ""
 
@@ -57,6 +58,7 @@ class Source:
 
     @property
     def is_jsonl(self) -> bool:
+        """Whether it is read as JSON Lines."""
         return self.suffix in JSONL_SUFFIXES
 
 
@@ -88,6 +90,7 @@ class Tally:
     first_skipped: str = ""
 
     def add(self, other: Tally) -> None:
+        """Add what `other` has counted, which came later."""
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             setattr(self, field.name, mine or theirs if field.name == "first_skipped" else mine + theirs)

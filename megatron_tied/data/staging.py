@@ -32,7 +32,7 @@ class Staging:
     file `prefix` + ".model" counts only when it would be replaced (`writes_model`).
     """
 
-    saved: Any = None
+    saved: Mapping[str, Any] | None = None
 
     def __init__(
         self, prefix: Path, *, overwrite: bool, writes_model: bool, request: Mapping[str, object] | None = None
@@ -69,8 +69,8 @@ class Staging:
         """Where to write the file that will be `prefix` + `suffix`."""
         return self.directory / (self.prefix.name + suffix)
 
-    def save(self, progress: object) -> None:
-        """Make what .bin and .lengths hold durable, with the JSON value `progress` for a run that goes on from here."""
+    def save(self, progress: Mapping[str, object]) -> None:
+        """Make what .bin and .lengths hold durable, with `progress`, in JSON, for a run that goes on from here."""
         for suffix in _GROWING:
             sync(self.path(suffix))
         sizes = {suffix: self.path(suffix).stat().st_size for suffix in _GROWING}
@@ -113,10 +113,10 @@ class Staging:
                 shutil.rmtree(self.directory)
             raise ConfigError(self._problem(f"exists ({', '.join(existing)}); --overwrite replaces it"))
 
-    def _restored(self) -> Any:
+    def _restored(self) -> Mapping[str, Any] | None:
         """What was saved, its files as long as they were then; None if there is nothing to go on with."""
         try:
-            saved = json.loads(self.path(_SAVED).read_text())
+            saved: dict[str, Any] = json.loads(self.path(_SAVED).read_text())
         except FileNotFoundError:
             return None
         if saved["request"] != self._request:
@@ -129,7 +129,8 @@ class Staging:
             return None
         for path, size in paths.items():
             os.truncate(path, size)
-        return saved["progress"]
+        progress: dict[str, Any] = saved["progress"]
+        return progress
 
     def _final(self, suffix: str) -> Path:
         return self.prefix.with_name(self.prefix.name + suffix)

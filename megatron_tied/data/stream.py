@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_tied.data.sources import CHUNK_BYTES, Chunk
 from megatron_tied.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
 
 TEXT = "text"
 # Their files are data. Other kinds are no text, or may hold what runs code when it is read.
@@ -92,7 +95,7 @@ class Stream:
         if lines:
             yield self._chunk(lines, start, position)
 
-    def _from(self, position: Position) -> Iterator[tuple[Position, dict[str, Any]]]:
+    def _from(self, position: Position) -> Iterator[tuple[Position, Mapping[str, object]]]:
         """Rows, each with the position after it."""
         skip, most = self.request.skip_rows, self.request.max_rows
         end = float("inf") if most is None else skip + most
@@ -118,7 +121,7 @@ class Stream:
         return Chunk(data, place, True, 1, True, True, len(data), tuple(position))
 
 
-def _builder(request: Request) -> Any:
+def _builder(request: Request) -> DatasetBuilder:
     try:
         from datasets import load_dataset_builder
         from datasets.exceptions import DatasetNotFoundError
@@ -147,10 +150,10 @@ def _builder(request: Request) -> Any:
     return builder
 
 
-def _check_key(rows: Any, key: str) -> str:
+def _check_key(rows: Iterable[Mapping[str, object]], key: str) -> str:
     """The column that `key` begins with; `ConfigError` when the first row has no text there."""
     column, *inner = key.split(".")
-    first = next(iter(rows), {})
+    first: Mapping[str, object] = next(iter(rows), {})
     if column not in first or not any(isinstance(text, str) for text in _texts(first[column], inner)):
         texts = ", ".join(sorted(_text_keys(first))) or "none"
         raise ConfigError(Problem("--text-key", key, f"must be a key of text; the first row has {texts}"))

@@ -25,10 +25,9 @@ _ERRORS_ONLY = 2
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model; has the attributes that Megatron-Core's datasets ask of a tokenizer.
+    """A SentencePiece model, of which `model` is the content of a .model file.
 
-    `model` is the content of a .model file. Raises `ConfigError` naming `field` and `source` when it is not
-    one, or when it defines no piece that can end a document.
+    Raises `ConfigError` naming `field` and `source` when it is not one, or defines no piece that can end a document.
     """
 
     def __init__(self, model: bytes, *, field: str = "tokenizer", source: str = "model") -> None:
@@ -71,11 +70,6 @@ class SentencePieceTokenizer:
         """Id of the end-of-sentence piece, None when the model has none."""
         return _defined(self._processor.eos_id())
 
-    @property
-    def unique_identifiers(self) -> dict[str, str]:
-        """What Megatron-Core's index cache is keyed by: the model's content, wherever its file lies."""
-        return {"class": type(self).__name__, "sha256": self.sha256}
-
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without separator.
 
@@ -89,7 +83,8 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; a separator that is a control piece decodes to nothing."""
-        return self._processor.decode(list(ids))
+        text: str = self._processor.decode(list(ids))
+        return text
 
     def _pieces(self, text: str) -> Iterator[str]:
         wanted = _PIECE_CHARS if self._lines_are_independent else _MAX_PIECE_CHARS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
@@ -24,16 +25,17 @@ class Writer:
     It goes on where `staging.saved` tells of an earlier one; `position` is that of the last batch saved, or None.
     """
 
-    def __init__(self, staging: Staging, vocab_size: int) -> None:
+    def __init__(self, staging: Staging, tokenizer: Tokenizer) -> None:
         from megatron_tied import platform
 
         platform.prepare()
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
         self._staging = staging
-        self.dtype = np.dtype(DType.optimal_dtype(vocab_size))
+        self._tokenizer = tokenizer
+        self._dtype = np.dtype(DType.optimal_dtype(tokenizer.vocab_size))
         # The builder empties the file that it is given.
-        self._builder = IndexedDatasetBuilder("/dev/null", dtype=self.dtype.type)
+        self._builder = IndexedDatasetBuilder("/dev/null", dtype=self._dtype.type)
         self._builder.data_file.close()
         self._builder.data_file = staging.path(".bin").open("ab")
         # The builder's lists would take some 40 bytes for each number; a corpus has many short documents.
@@ -50,6 +52,7 @@ class Writer:
             self._restore(**staging.saved)
 
     def add(self, batch: Encoded) -> None:
+        """Append the documents of `batch`, or the pieces that it has of one."""
         import torch
 
         ids = torch.from_numpy(batch.ids)
@@ -78,26 +81,18 @@ class Writer:
         counts = {"documents": self.documents, "tokens": self.tokens, "max_token_id": self.max_token_id}
         self._staging.save({"position": position, "tally": tally, "counts": counts})
 
-    def finish(self) -> None:
-        """Write the index; the builder closes both files."""
+    def finish(self, tokenizer_name: str, separator: Place, source: Mapping[str, object] | None) -> Metadata:
+        """Write the index, and the metadata, of which it returns the content; the builder closes its files."""
         self._builder.finalize(str(self._staging.path(".idx")))
-
-    def metadata(
-        self,
-        tokenizer: Tokenizer,
-        tokenizer_name: str,
-        separator: Place,
-        source: Mapping[str, object] | None,
-    ) -> Metadata:
-        return Metadata(
+        metadata = Metadata(
             documents=self.documents,
             tokens=self.tokens,
             max_token_id=self.max_token_id,
-            vocab_size=tokenizer.vocab_size,
-            eod=tokenizer.eod,
-            dtype=self.dtype.name,
+            vocab_size=self._tokenizer.vocab_size,
+            eod=self._tokenizer.eod,
+            dtype=self._dtype.name,
             tokenizer=tokenizer_name,
-            tokenizer_sha256=tokenizer.sha256,
+            tokenizer_sha256=self._tokenizer.sha256,
             source_bytes=self.tally.text_bytes,
             skipped_records=self.tally.skipped,
             empty_records=self.tally.empty,
@@ -105,8 +100,10 @@ class Writer:
             separator=separator,
             source=source,
         )
+        metadata.write(self._staging.path(".json"))
+        return metadata
 
-    def _restore(self, position: list[int], tally: Mapping[str, int | str], counts: Mapping[str, int]) -> None:
+    def _restore(self, position: list[int], tally: Mapping[str, Any], counts: Mapping[str, int]) -> None:
         self.position = tuple(position)
         self.tally = Tally(**tally)
         self.documents, self.tokens, self.max_token_id = (

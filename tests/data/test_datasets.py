@@ -204,15 +204,6 @@ def test_a_cache_directory_that_cannot_be_written(data_set: MakeData) -> None:
         build(a, cache_dir=f"{a}.json/x")
 
 
-def test_megatron_core_takes_the_tokenizer(tokenizer: SentencePieceTokenizer) -> None:
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-
-    masks = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": True}
-    config = GPTDatasetConfig(random_seed=1, sequence_length=8, tokenizer=tokenizer, **masks)
-    assert config.token_dtype_code == 8
-    assert tokenizer.unique_identifiers["sha256"] == tokenizer.sha256
-
-
 def test_missing_helpers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)
     monkeypatch.delitem(sys.modules, "megatron.core.datasets.helpers")
