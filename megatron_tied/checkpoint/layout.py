@@ -93,10 +93,11 @@ def _is_first_copy(index: int, parameter: torch.nn.Parameter, partitioned: bool)
         return False
     if partitioned:
         return True
-    group = parallel_state.get_expert_data_parallel_group() if is_expert else parallel_state.get_data_parallel_group()
+    group: torch.distributed.ProcessGroup = (
+        parallel_state.get_expert_data_parallel_group() if is_expert else parallel_state.get_data_parallel_group()
+    )
     # In turn, so that all of them write.
-    writer: int = index % group.size()
-    return writer == group.rank()
+    return index % group.size() == group.rank()
 
 
 def _dense_blocks(parameter_name: str, parameter: torch.nn.Parameter) -> Iterator[Block]:
@@ -106,7 +107,8 @@ def _dense_blocks(parameter_name: str, parameter: torch.nn.Parameter) -> Iterato
         yield Block(name, shape, (0,) * len(shape), shape, 0)
         return
     # Several pieces only where gate and up rows are each cut: along the first dimension, so each piece is a run.
-    dim, pieces = parameter.partition_dim, parameter.partition_stride
+    marks = vars(parameter)
+    dim, pieces = marks["partition_dim"], marks["partition_stride"]
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
     sizes[dim] //= pieces

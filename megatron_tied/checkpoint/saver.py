@@ -115,7 +115,8 @@ class Saver:
             self._directory.name_latest(step)
             self._directory.retain(step, **self._keep)
         except OSError as error:
-            logging.getLogger(__name__).warning("old checkpoints, and what `latest` names, were left: %s", error)
+            told = "step %d is saved, but `latest` may name an older checkpoint, and too many may be kept: %s"
+            logging.getLogger(__name__).warning(told, step, error)
 
 
 def _host_copy(tensors: StateDict) -> StateDict:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
 import torch.distributed as dist
 
-from megatron_tied.exchange import gather_json
+from megatron_tied.exchange import gather_json, on_rank_0
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -22,6 +23,11 @@ for name, value in (("no_json", {1, 2} if rank == 1 else 0), ("none_is_json", ob
         told[name] = gather_json(value)
     except TypeError as error:
         told[name] = f"TypeError: {error}"
+told["of rank 0"] = on_rank_0(lambda: [rank, None], (OSError,), ValueError)
+try:
+    on_rank_0(lambda: os.listdir(f"/no file of rank {rank}"), (OSError,), ValueError)
+except ValueError as error:
+    told["failure of rank 0"] = str(error)
 told["afterwards"] = gather_json(rank)
 everything = [None] * 4
 dist.all_gather_object(everything, told)  # by other means, for the test
