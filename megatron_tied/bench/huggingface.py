@@ -46,7 +46,7 @@ def transformers_model(config: RunConfig) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise CannotRunHereError(f"transformers is not installed: {error}") from None
-    model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]  # transformers' has no types
+    model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**transformers_json(config)),
         attn_implementation="sdpa",
         experts_implementation="grouped_mm",

@@ -52,7 +52,7 @@ class PlainEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of one micro-batch's share of the loss."""
-        (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]  # torch's has no types
+        (loss / self._accumulation).backward()
 
     def step(self) -> None:
         """After the last micro-batch: clip, update, clear."""

@@ -105,7 +105,7 @@ def tied_layers_of(topology: TieTopology) -> frozenset[int]:
     return frozenset(layer for bank in topology.banks if bank.is_tied for layer in bank.layers)
 
 
-class _Reductions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's has no types
+class _Reductions(TorchDispatchMode):
     """Counts reductions while a contender is in its backward pass, by the size of their group."""
 
     def __init__(self, contender: Contender):

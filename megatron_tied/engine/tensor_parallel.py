@@ -31,5 +31,5 @@ def sum_partial_gradients(model: torch.nn.Module) -> None:
 
     for parameter in partial:
         if parameter.requires_grad and not hasattr(parameter, "partial_gradient_hook"):
-            hook = parameter.register_hook(summed)  # type: ignore[no-untyped-call]
+            hook = parameter.register_hook(summed)
             vars(parameter).update(partial_gradient_hook=hook)

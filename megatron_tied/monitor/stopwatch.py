@@ -46,10 +46,10 @@ class Stopwatch:
 
     def _add_finished(self) -> None:
         # Not all at the end: between two log lines there may be very many.
-        while self._events and self._events[0][1].query():  # type: ignore[no-untyped-call]
+        while self._events and self._events[0][1].query():
             began, ended = self._events.popleft()
             self._seconds += began.elapsed_time(ended) / 1000
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)

@@ -87,18 +87,18 @@ def _summaries(description: RunDescription | None) -> list[Summary]:
         dashboard: {title: ["Multiline", list(tags)] for title, tags in charts.items()}
         for dashboard, charts in DASHBOARDS.items()
     }
-    layout = custom_scalars(charts)  # type: ignore[no-untyped-call]
+    layout = custom_scalars(charts)
     if description is None:
         return [layout]
     # Not the third, which says that the session has ended.
     compared = dict.fromkeys(_COMPARED, 0.0)
-    experiment, session, _ = hparams(description.hparams(), compared)  # type: ignore[no-untyped-call]
+    experiment, session, _ = hparams(description.hparams(), compared)
     texts = {
         "run/config": description.config_markdown(),
         "run/topology": description.topology_markdown(),
         "run/parameters": description.parameters_markdown(),
     }
-    told = [text(tag, markdown) for tag, markdown in texts.items()]  # type: ignore[no-untyped-call]
+    told = [text(tag, markdown) for tag, markdown in texts.items()]
     return [layout, _with_ours_first(experiment), session, *told]
 
 
