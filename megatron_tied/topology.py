@@ -29,41 +29,41 @@ def _is_int(value: object, minimum: float = -math.inf) -> bool:
 
 @dataclass(frozen=True)
 class TieConfig:
-    """What the user says about tying: the `tie` section of a config file.
-
-    group_size: MoE layers per tie group; 1 ties nothing.
-    skip_first, skip_last: untied MoE layers at either end (prelude and coda); unused when nothing is tied.
-    pattern, block_size: "consecutive" cuts the middle into runs of `group_size` layers; "cyclic" cuts it into
-        runs of `group_size * block_size` layers and, within a run, ties layers i and i + `block_size`.
-    banks: an explicit map, one bank id (any integer) per MoE layer; overrides all fields above.
-    num_tied_experts: experts of a tied bank and of its routers (width expansion); None: as untied layers. Where nothing
-        is tied, of the middle layers: a narrow untied model, which may have as many parameters as a tied one.
-    lr_divisor: what the learning rate of a tied bank, and of the matrices of a shared attention, is divided by: the
-        square root of its number of layers ("sqrt"), that number itself ("linear"), 1 ("none"), or the number given.
-    weight_gradient: "immediate" multiplies each layer's part of a tied bank's weight gradient when backward is there;
-        "fused" keeps what goes into it until the owner's backward, and multiplies all of it at once, which reads
-        and writes the gradient once; "auto" fuses where an expert gets fewer than `FUSED_BELOW` tokens a layer.
-    pipeline: with pipeline stages, "align" has every tie group lie inside one model chunk; "allreduce" keeps a
-        copy of a bank in every chunk that uses it and sums their gradients.
-    share: what the layers of a tie group have in common: "experts"; "experts_attention", attention with its query and
-        key norms too; "all", their router's weights as well. Layer norms, the losses and load that a router counts, and
-        its expert bias are each layer's own. Source: the ablation of "Tying the Loop" (arXiv:2606.16825).
-    """
+    """What the user says about tying: the `tie` section of a config file."""
 
     # Read by pydantic when this class is a field of one of its models; means nothing otherwise.
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
 
     group_size: int = 1
+    """MoE layers per tie group; 1 ties nothing."""
     skip_first: int = 2
+    """Untied MoE layers at the beginning (prelude); unused when nothing is tied."""
     skip_last: int = 2
+    """Untied MoE layers at the end (coda); unused when nothing is tied."""
     pattern: Literal["consecutive", "cyclic"] = "consecutive"
+    """consecutive cuts the middle into runs of `group_size` layers; cyclic cuts it into runs of `group_size *
+    block_size` layers and, within a run, ties layers i and i + `block_size`."""
     block_size: int = 1
+    """Of `pattern: cyclic`: how far apart the layers of a group are."""
     banks: Sequence[int] | None = None
+    """An explicit map, one bank id (any integer) per MoE layer; overrides all fields above."""
     num_tied_experts: int | None = None
+    """Experts of a tied bank and of its routers (width expansion); null: as untied layers. Where nothing is tied, of
+    the middle layers: a narrow untied model, which may have as many parameters as a tied one."""
     lr_divisor: Literal["sqrt", "linear", "none"] | float = "sqrt"
+    """What the learning rate of a tied bank, and of the matrices of a shared attention, is divided by: the square root
+    of its number of layers (sqrt), that number itself (linear), 1 (none), or the number given."""
     weight_gradient: Literal["auto", "fused", "immediate"] = "auto"
+    """immediate multiplies each layer's part of a tied bank's weight gradient when backward is there; fused keeps what
+    goes into it until the owner's backward, and multiplies all of it at once, which reads and writes the gradient
+    once; auto fuses where an expert gets fewer than 256 tokens a layer (`FUSED_BELOW`)."""
     pipeline: Literal["align", "allreduce"] = "align"
+    """With pipeline stages (in Megatron-LM's scripts), align has every tie group lie inside one model chunk; allreduce
+    keeps a copy of a bank in every chunk that uses it and sums their gradients."""
     share: Literal["experts", "experts_attention", "all"] = "experts"
+    """What the layers of a tie group have in common: experts; experts_attention, attention with its query and key norms
+    too; all, their router's weights as well. Layer norms, the losses and load that a router counts, and its expert bias
+    are each layer's own. Source: the ablation of "Tying the Loop" (arXiv:2606.16825)."""
 
     def __post_init__(self) -> None:
         if isinstance(self.banks, list):  # as YAML and JSON give it; a tuple keeps the config hashable

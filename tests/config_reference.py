@@ -51,7 +51,7 @@ def _rows(definition: Schema, definitions: Schema, before: str = "") -> Iterator
 
 
 def _default(field: Schema) -> str:
-    value = field.get("default")
+    value = field.get("default", "derived")
     return value if isinstance(value, str) else "{}" if isinstance(value, dict) else json.dumps(value)
 
 

@@ -27,12 +27,12 @@ from megatron_tied.monitor.sinks import JsonLinesSink, Sinks
 from megatron_tied.monitor.tensorboard import TensorBoardSink
 from megatron_tied.platform import device
 from megatron_tied.run_directory import METRICS
-from megatron_tied.training.config import MonitorConfig
 from megatron_tied.training.config_file import load_config
 from megatron_tied.training.evaluation import LossFunction
 from megatron_tied.training.loop import train_step
 from megatron_tied.training.monitoring import Monitoring
 from megatron_tied.training.run import build_engine
+from megatron_tied.training.sections import MonitorConfig
 from megatron_tied.training.startup import join_processes
 
 ROUNDS = 25

@@ -86,57 +86,89 @@ class ModelConfig(BaseModel):
     or null, are derived as Megatron-Core derives them.
     """
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow", use_attribute_docstrings=True)
 
     preset: str | None = None
+    """A named model, of which any field can be replaced: olmoe, qwen3_moe, deepseek, quickstart, or a published one."""
     scale: str | None = None
-
+    """Its size, where it has several: regular, small, tiny."""
     num_layers: PositiveInt
+    """Transformer layers, dense ones included."""
     hidden_size: PositiveInt
+    """Width of the residual stream."""
     ffn_hidden_size: PositiveInt = Field(default_factory=lambda given: 4 * given["hidden_size"])
+    """Width of dense layers; left out: 4 x hidden_size."""
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """Of all norms."""
     layernorm_epsilon: PositiveFloat = 1e-5
+    """Of all norms."""
     activation: Literal["silu", "gelu"] = "silu"
+    """Of experts and dense layers."""
     gated_linear_unit: bool = True
+    """Gate and up projection, as in SwiGLU."""
     add_bias_linear: bool = False
+    """Biases of linear layers; not with grouped or shared experts."""
     hidden_dropout: NonNegativeFloat = 0.0
-    # normal, with init_method_std; or Xavier's uniform with gain 1 / sqrt(3 num_layers), of query, key, value and each
-    # expert's matrices for themselves, of which gate and up are one ("Tying the Loop", arXiv:2606.16825).
+    """Share of the outputs of attention and MoE that is dropped in training."""
     init_method: Literal["normal", "depth_scaled_xavier"] = "normal"
+    """normal, with init_method_std; or Xavier's uniform with gain 1 / sqrt(3 num_layers), of query, key, value and each
+    expert's matrices for themselves, of which gate and up are one ("Tying the Loop", arXiv:2606.16825)."""
     init_method_std: PositiveFloat = 0.02
-
+    """Standard deviation of initial weights."""
     num_attention_heads: PositiveInt
+    """Query heads."""
     num_query_groups: PositiveInt = Field(default_factory=lambda given: given["num_attention_heads"])
+    """Heads of keys and values; left out: as many as query heads."""
     kv_channels: PositiveInt = Field(default_factory=lambda given: given["hidden_size"] // given["num_attention_heads"])
+    """Width of a head; left out: hidden_size / num_attention_heads."""
     add_qkv_bias: bool = False
+    """Biases of query, key and value."""
     attention_dropout: NonNegativeFloat = 0.0
+    """Share of the attention weights that is dropped in training."""
     qk_layernorm: bool = False
-    # One norm per head as wide as the head (Qwen3), or one over the whole projection (OLMoE).
+    """Norms of queries and keys."""
     qk_norm_scope: Literal["head", "projection"] = "head"
-    # Clamps the entries of q, k and v to [-qkv_clip, qkv_clip].
+    """One norm per head as wide as the head (Qwen3), or one over the whole projection (OLMoE)."""
     qkv_clip: PositiveFloat | None = None
-
+    """Clamps the entries of q, k and v to [-qkv_clip, qkv_clip]."""
     num_moe_experts: PositiveInt
+    """Routed experts of an untied MoE layer."""
     moe_ffn_hidden_size: PositiveInt = Field(default_factory=lambda given: given["ffn_hidden_size"])
+    """Width of an expert; left out: ffn_hidden_size."""
     moe_layer_freq: PositiveInt | list[Literal[0, 1]] = 1
+    """Every how many layers one is MoE, from the first on; or 1 (MoE) and 0 (dense) for each layer."""
     moe_shared_expert_intermediate_size: PositiveInt | None = None
+    """Width of the shared experts of a layer together; null: none."""
     moe_shared_expert_gate: bool = False
+    """Weighs the shared experts' output by a gate."""
     moe_router_topk: PositiveInt = 2
+    """Experts of a token."""
     moe_router_pre_softmax: bool = False
+    """Softmax over all experts before the choice, not over those chosen."""
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes a router's scores of its logits."""
     moe_router_enable_expert_bias: bool = False
+    """Balances the load by a bias of the choice, without a loss (DeepSeek-V3); needs sigmoid."""
     moe_router_load_balancing_type: Balancing | list[Balancing] = "aux_loss"
+    """The loss that balances the load, or several."""
     moe_aux_loss_coeff: NonNegativeFloat | list[NonNegativeFloat] = 0.0
+    """Weight of that loss, or a list of as many."""
     moe_z_loss_coeff: NonNegativeFloat | None = None
+    """Weight of the loss on the size of a router's logits; null: none."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens travel to the ranks of their experts and back."""
     expert_backend: Literal["grouped", "sequential", "te"] = "grouped"
-
-    # None: the tokenizer's, and the sequence length of the training run.
+    """What multiplies: torch's grouped products, one product an expert, or Transformer Engine's."""
     vocab_size: PositiveInt | None = None
+    """Null: the tokenizer's."""
     max_position_embeddings: PositiveInt | None = None
+    """Longest sequence; null: that of the training run."""
     rotary_base: PositiveInt = 10_000
+    """Of rotary position embeddings."""
     rotary_percent: PositiveFloat = 1.0
+    """Share of a head's channels that are rotated."""
     share_embeddings_and_output_weights: bool = False
+    """One matrix for both."""
 
     @classmethod
     def resolve(cls, mapping: Mapping[str, Any]) -> ModelConfig:

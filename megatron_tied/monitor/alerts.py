@@ -35,25 +35,27 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 @dataclass(frozen=True)
 class AlertSettings:
-    """What a metric may be before the log says so: the `monitor.alerts` section of a config file; None: anything.
-
-    dead_fraction: largest share of a bank's experts that no layer sent a token to for `monitor.dead_window` steps.
-    max_vio: largest MaxVio of a layer; "auto": 5, or 90 % of the largest possible, num_experts / top_k - 1, if less.
-    agreement: largest share of experts that the layers of a tie group choose in common for one token.
-    patience: for how many steps `max_vio` or `agreement` must have been exceeded whenever it was observed.
-    grad_norm_spike: largest gradient norm, in multiples of the median of those logged before.
-    update_ratio: smallest and largest norm of a bank's update over that of its weights.
-    """
+    """What a metric may be before the log says so: the `monitor.alerts` section of a config file; None: anything."""
 
     # Read by pydantic when this class is a field of one of its models; means nothing otherwise.
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+    __pydantic_config__: ClassVar[dict[str, Any]] = {
+        "extra": "forbid",
+        "allow_inf_nan": False,
+        "use_attribute_docstrings": True,
+    }
 
     dead_fraction: Fraction | None = 0.0
+    """Largest share of a bank's experts that no layer sent a token to for `monitor.dead_window` steps."""
     max_vio: NonNegative | Literal["auto"] | None = "auto"
+    """Largest MaxVio of a layer; auto: 5, or 90 % of the largest possible, num_experts / top_k - 1, if less."""
     agreement: Fraction | None = 0.9
+    """Largest share of experts that the layers of a tie group choose in common for one token."""
     patience: Annotated[int, Field(ge=0)] = 100
+    """For how many steps `max_vio` or `agreement` must have been exceeded whenever it was observed."""
     grad_norm_spike: Annotated[float, Field(gt=1)] | None = 8.0
+    """Largest gradient norm, in multiples of the median of those logged before."""
     update_ratio: Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ordered)] | None = (1e-6, 0.1)
+    """Smallest and largest norm of a bank's update over that of its weights."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The run config: what `config.yaml` may say, and the checks that need more than one field.
+"""The run config: the sections of `config.yaml` together, and the checks that need more than one of them.
 
 Types and ranges are checked when a RunConfig is made (`config_file.load_config`), everything else by
 `RunConfig.problems`. Paths are relative to the working directory.
@@ -6,7 +6,6 @@ Types and ranges are checked when a RunConfig is made (`config_file.load_config`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,26 +22,19 @@ from megatron_tied.engine.ds_config import (
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.installed import annotated_type, class_fields
 from megatron_tied.models.config import ModelConfig, indivisible
-from megatron_tied.monitor.alerts import AlertSettings
 from megatron_tied.topology import TieConfig, TieTopology
 from megatron_tied.training.deepspeed_section import deepspeed_type_problems
-from megatron_tied.training.fields import Count, CountFromZero, NonNegative, PathName, Section
+from megatron_tied.training.fields import Section
 from megatron_tied.training.optimizer_config import Frozen, OptimizerConfig
+from megatron_tied.training.sections import (
+    CheckpointConfig,
+    DataConfig,
+    DistillConfig,
+    MonitorConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from megatron_tied.training.validation import type_problem
-
-
-def _parse_blend(value: object) -> str | tuple[float | str, ...]:
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, list) and value and len(value) % 2 == 0:
-        weights, prefixes = value[::2], value[1::2]
-        if all(map(_is_weight, weights)) and all(isinstance(prefix, str) and prefix for prefix in prefixes):
-            return tuple(value)
-    raise ValueError("must be a path prefix or a blend [WEIGHT, PREFIX, WEIGHT, PREFIX, ...], weights > 0")
-
-
-def _is_weight(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _resolve_model(section: object) -> ModelConfig:
@@ -51,105 +43,6 @@ def _resolve_model(section: object) -> ModelConfig:
     if not isinstance(section, Mapping):
         raise ValueError("must be a mapping of keys")
     return ModelConfig.resolve(section)
-
-
-Blend = Annotated[str | tuple[float | str, ...], BeforeValidator(_parse_blend)]
-
-
-class ParallelConfig(Section):
-    """Over how many ranks a layer's experts, its matrices, and the layers themselves are spread."""
-
-    expert_model_parallel_size: Count = 1
-    tensor_model_parallel_size: Count = 1
-    pipeline_model_parallel_size: Count = 1
-    context_parallel_size: Count = 1
-
-
-class DataConfig(Section):
-    """What is read. Prefixes are those that `prepare-data` wrote, without .bin and .idx."""
-
-    train: Blend
-    validation: Blend | None = None
-    # Shares of `train` for training and for validation; without effect if `validation` is given.
-    split: tuple[NonNegative, NonNegative] = (0.99, 0.01)
-    tokenizer: PathName | None = None
-    # Where dataset indices are kept; null: beside the data.
-    cache_dir: PathName | None = None
-    num_workers: CountFromZero = 2
-
-
-class TrainConfig(Section):
-    """How long, how much at once, in which precision. Batch sizes are in sequences."""
-
-    run_dir: PathName
-    steps: Count = 1000
-    seq_length: Count = 1024
-    micro_batch_size: Count = 1
-    global_batch_size: Count = 32
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
-    log_every: Count = 10
-    # Steps between evaluations (0: none), and global batches in one evaluation.
-    eval_every: CountFromZero = 100
-    eval_steps: Count = 10
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    # Steps between comparisons of what ranks must hold in common (0: none); a difference ends the run.
-    check_consistency_every: CountFromZero = 0
-    # auto: after the newest sound checkpoint of run_dir, if it has one; never: refuse a run_dir that has been used; or
-    # like auto, but begin from the checkpoint at this path, or the latest of the run there.
-    resume: PathName = "auto"
-    # A checkpoint whose weights, and nothing else, a new run begins with.
-    init_from: PathName | None = None
-    # After a step that was discarded, its gradient norm not being finite; fp16 always goes on: it has a loss scale.
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    # Seconds of silence after which a rank counts as lost and all others end (0: they wait for it); a rank that dies
-    # is noticed at once. A cut of the network of less than half as long is survived.
-    liveness_timeout: NonNegative = 60.0
-
-
-class DistillConfig(Section):
-    """A teacher that a run learns from besides its data, such as the model that it was before its layers were tied."""
-
-    # A checkpoint, or a run, whose model differs in its banks only; its weights do not change.
-    teacher: PathName | None = None
-    # Beside the cross entropy, what weighs KL(teacher || student), a mean over tokens, and how far the outputs of MoE
-    # layers are from the teacher's: the mean squared difference over the mean square, a mean over layers.
-    kl: NonNegative = 0.1
-    moe_output: NonNegative = 0.1
-
-
-class CheckpointConfig(Section):
-    """When the whole state of a run is written to run_dir/checkpoints. The last step always is, unless never."""
-
-    # Steps between checkpoints; 0: never.
-    save_every: CountFromZero = 500
-    # How many are kept, and which steps are kept for good: those that keep_every divides (0: none).
-    keep_last: Count = 2
-    keep_every: CountFromZero = 0
-    # Write in the background while training goes on; costs a copy in host memory.
-    async_save: bool = True
-
-
-class WandbConfig(Section):
-    """A Weights & Biases run that gets the same metrics; its package must be installed."""
-
-    project: PathName
-    name: PathName | None = None
-    entity: PathName | None = None
-    mode: Literal["online", "offline"] = "online"
-
-
-class MonitorConfig(Section):
-    """What is watched, and where it goes besides metrics.jsonl. Losses and speed come every `train.log_every` steps."""
-
-    # Steps between looks at the routing of a global batch (0: none), and at banks' norms, the gradients of their use
-    # sites, and heat maps (0: none), a multiple of the first.
-    every: CountFromZero = 10
-    expensive_every: CountFromZero = 100
-    # An expert that no batch looked at has given a token for so many steps counts as dead.
-    dead_window: Count = 500
-    tensorboard: bool = True
-    wandb: WandbConfig | None = None
-    alerts: AlertSettings = AlertSettings()
 
 
 class RunConfig(Section):
@@ -164,8 +57,8 @@ class RunConfig(Section):
     distill: DistillConfig = DistillConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
-    # What ds_config.json would hold; ZeRO stage 1 unless it says another.
     deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """What ds_config.json would hold; ZeRO stage 1 unless it says another."""
 
     def topology(self) -> TieTopology:
         """Which layer uses which expert bank. Raises ConfigError."""

@@ -24,9 +24,10 @@ from megatron_tied.files import write_whole
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.monitor.alerts import AlertSettings
 from megatron_tied.topology import TieConfig
-from megatron_tied.training.config import RunConfig, WandbConfig, transformer_fields
+from megatron_tied.training.config import RunConfig, transformer_fields
 from megatron_tied.training.fields import Section
 from megatron_tied.training.optimizer_config import with_preset
+from megatron_tied.training.sections import WandbConfig
 from megatron_tied.training.validation import problems_of, to_json
 
 

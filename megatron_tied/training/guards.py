@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from megatron_tied.engine.consistency import find_differences
 from megatron_tied.engine.engine import TiedMoEEngine
 from megatron_tied.errors import TrainingStopped
-from megatron_tied.training.config import TrainConfig
+from megatron_tied.training.sections import TrainConfig
 
 
 @contextmanager

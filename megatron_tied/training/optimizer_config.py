@@ -42,34 +42,43 @@ _MUON_ONLY = ("momentum", "adamw_lr", "adamw_weight_decay", "iterate_in")
 
 
 class OptimizerConfig(Section):
-    """How weights follow gradients. `clip_grad` 0: no clipping.
-
-    name: adamw, or muon for matrices between hidden states (each expert's are its own; query, key and value, too) and
-    adamw for embeddings, output layer, routers and vectors. preset: a recipe, of which any key can be replaced.
-    """
+    """How weights follow gradients."""
 
     preset: Literal["tying_the_loop"] | None = None
+    """A recipe, of which any key can be replaced beside it: that of "Tying the Loop" (arXiv:2606.16825)."""
     name: Literal["adamw", "muon"] = "adamw"
+    """muon: for matrices between hidden states (each expert's are its own; query, key and value, too), and adamw for
+    embeddings, output layer, routers and vectors."""
     lr: Positive = 3e-4
+    """The peak; that of a tied bank is divided by `tie.lr_divisor`."""
     min_lr: NonNegative = 0.0
+    """Where the schedule ends."""
     weight_decay: NonNegative = 0.1
+    """Of matrices; with adamw, vectors have none."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """AdamW's."""
     eps: Positive = 1e-8
-    # Muon's, and what AdamW has beside it: its peak (null: a tenth of lr) and weight decay, of vectors, too.
+    """AdamW's."""
     momentum: Beta = 0.95
+    """Muon's."""
     adamw_lr: Positive | None = None
+    """With muon, the peak of what AdamW updates; null: a tenth of `lr`."""
     adamw_weight_decay: NonNegative = 0.01
-    # In what Muon's iterations are computed: fp32 gives the same on any ranks, where bf16 makes a third digit of a last
-    # bit.
+    """With muon, of what AdamW updates, vectors, too."""
     iterate_in: Literal["bf16", "fp32"] = "bf16"
-    # After a linear warm-up: a cosine or a line from lr to min_lr; lr to the end; or lr, and in the last decay_steps a
-    # line to min_lr (warm-up, stable, decay). All rates keep their ratios.
+    """In what Muon's iterations are computed: fp32 gives the same on any ranks, where bf16 makes a third digit of a
+    last bit."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After a linear warm-up: a cosine or a line from lr to min_lr; lr to the end; or lr, and in the last decay_steps a
+    line to min_lr (warm-up, stable, decay). All rates keep their ratios."""
     decay_steps: CountFromZero = 0
+    """Of `schedule: wsd`."""
     warmup_steps: CountFromZero = 0
+    """Steps in which rates rise from 0 on a line."""
     clip_grad: NonNegative = 1.0
-    # What keeps the weights it begins with, and has no optimizer states; null: norms with a teacher, else nothing.
+    """Largest norm of the gradient of all parameters together; 0: no clipping."""
     freeze: Frozen | None = None
+    """What keeps the weights it begins with, and has no optimizer states; null: norms with a teacher, else nothing."""
 
     def rate_of_adamw(self) -> float:
         """The peak of what Muon leaves to AdamW."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_tied.bench.plain_engine import PlainEngine
-from megatron_tied.training.config import OptimizerConfig
+from megatron_tied.training.optimizer_config import OptimizerConfig
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
