@@ -69,6 +69,10 @@ class TieConfig:
         if isinstance(self.banks, list):  # as YAML and JSON give it; a tuple keeps the config hashable
             object.__setattr__(self, "banks", tuple(self.banks))
 
+    def untied(self) -> TieConfig:
+        """The same with a bank of its own, as wide as all others, for every layer."""
+        return dataclasses.replace(self, group_size=1, banks=None, num_tied_experts=None, share="experts")
+
     def problems(self) -> list[Problem]:
         """Everything that is wrong for any model; `TieTopology.build` finds what does not fit a given one."""
         checks = (
@@ -113,6 +117,13 @@ class TieConfig:
     def _has_numeric_divisor(self) -> bool:
         divisor = self.lr_divisor
         return isinstance(divisor, (int, float)) and not isinstance(divisor, bool) and 0 < divisor < math.inf
+
+
+def moe_layers(frequency: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """The MoE layers, from 0: every `frequency`-th one starting with the first, or those marked 1."""
+    if isinstance(frequency, int):
+        return tuple(range(0, num_layers, frequency))
+    return tuple(layer for layer, is_moe in enumerate(frequency) if is_moe)
 
 
 @dataclass(frozen=True)

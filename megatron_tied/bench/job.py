@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.topology import TieConfig
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import load_config, parse_config
 from megatron_tied.training.vocabulary import with_vocabulary
@@ -49,7 +48,7 @@ class Job:
 
     def config_of(self, contender: str) -> RunConfig:
         """The run config that a contender built by the engine of this package has."""
-        return self.config if contender == TIED else self.config.model_copy(update={"tie": untied(self.config.tie)})
+        return self.config if contender == TIED else self.config.model_copy(update={"tie": self.config.tie.untied()})
 
     def encode(self) -> str:
         """JSON for the ranks."""
@@ -61,11 +60,6 @@ class Job:
         fields = json.loads(text)
         config, opponents = parse_config(fields["config"]), tuple(fields["opponents"])
         return cls(**(fields | {"config": config, "opponents": opponents}))
-
-
-def untied(tie: TieConfig) -> TieConfig:
-    """The same with a bank of its own for every layer."""
-    return replace(tie, group_size=1, banks=None, num_tied_experts=None, share="experts")
 
 
 def load_subject(path: Path | None, overrides: Sequence[str], ranks: int, *, precision: str) -> RunConfig:

@@ -118,7 +118,7 @@ def _config(args: argparse.Namespace) -> RunConfig:
 
 def _compared(subject: Subject, tie: TieConfig, layout: Layout) -> list[tuple[str, Plan]]:
     """Untied beside the configured tie groups; without any, beside those that one would try first."""
-    untied = replace(tie, group_size=1, banks=None, num_tied_experts=None)
+    untied = tie.untied()
     named = [("untied", subject.plan(untied, layout))]
     topology, experts = subject.topology(tie), subject.model.num_moe_experts
     if any(bank.is_tied for bank in topology.banks):

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import fields
 
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.topology import TieConfig, TieTopology
+from megatron_tied.topology import TieConfig, TieTopology, moe_layers
 
 # Without an effect there: the gradients of all layers are added in buffers of Megatron's own, and only experts shared.
 _NOT_THERE = ("weight_gradient", "share")
@@ -77,17 +77,10 @@ def tie_config(args: Namespace) -> TieConfig:
 def topology_from_args(args: Namespace) -> TieTopology:
     """The banks that the arguments ask for. Raises `ConfigError`, in the names of the flags."""
     try:
-        return TieTopology.build(tie_config(args), args.num_layers, moe_layers(args))
+        layers = moe_layers(getattr(args, "moe_layer_freq", 1), args.num_layers)
+        return TieTopology.build(tie_config(args), args.num_layers, layers)
     except ConfigError as error:
         raise ConfigError([_in_flags(problem) for problem in error.problems]) from None
-
-
-def moe_layers(args: Namespace) -> list[int]:
-    """The layers, from 0, that `--moe-layer-freq` makes MoE layers."""
-    frequency = getattr(args, "moe_layer_freq", 1)
-    if isinstance(frequency, int):
-        return list(range(0, args.num_layers, frequency))
-    return [layer for layer, is_moe in enumerate(frequency) if is_moe]
 
 
 def flag(attribute: str) -> str:

@@ -21,7 +21,7 @@ from pydantic import (
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.latent_attention import is_latent, latent_problems
 from megatron_tied.models.presets import preset_fields
-from megatron_tied.topology import TieConfig, TieTopology
+from megatron_tied.topology import TieConfig, TieTopology, moe_layers
 
 Balancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"]
 
@@ -199,10 +199,8 @@ class ModelConfig(BaseModel):
         return {name: value for name, value in given.items() if value is not None or name not in derived}
 
     def moe_layers(self) -> tuple[int, ...]:
-        """The MoE layers, from 0: every moe_layer_freq-th one starting with the first, or those marked 1."""
-        freq = self.moe_layer_freq
-        pattern = freq if isinstance(freq, list) else [layer % freq == 0 for layer in range(self.num_layers)]
-        return tuple(layer for layer, is_moe in enumerate(pattern) if is_moe)
+        """The layers that are not dense, from 0."""
+        return moe_layers(self.moe_layer_freq, self.num_layers)
 
     def topology(self, tie: TieConfig) -> TieTopology:
         """The expert banks of this model under `tie`. Raises ConfigError if they do not fit together."""

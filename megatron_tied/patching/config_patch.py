@@ -15,13 +15,13 @@ from megatron_tied.patching.edits import apply_edits
 from megatron_tied.patching.formats import Format, format_of
 from megatron_tied.patching.json_text import scan_json
 from megatron_tied.patching.launcher import LINE_TO_ADD, Launch
-from megatron_tied.patching.megatron_arguments import derive, missing, moe_layers, unknown_layers, why_missing
+from megatron_tied.patching.megatron_arguments import derive, missing, moe_pattern, unknown_layers, why_missing
 from megatron_tied.patching.request import TIE_FLAGS, TieRequest
 from megatron_tied.patching.savings import Savings, savings
 from megatron_tied.patching.shell import ANCHOR, ShellFile, read_shell
 from megatron_tied.patching.shell_words import scan_arguments, scan_script
 from megatron_tied.patching.yaml_files import read_yaml
-from megatron_tied.topology import TieTopology
+from megatron_tied.topology import TieTopology, moe_layers
 
 _MARK = "\ufeff"  # with which some editors begin a file
 YAML_CFG = "--yaml-cfg"
@@ -150,7 +150,7 @@ def _warnings(arguments: Arguments, request: TieRequest) -> list[Problem]:
     layers = arguments.number("--num-layers")
     topology = None
     if layers and not unknown_layers(arguments):
-        topology = TieTopology.build(request.tie, layers, moe_layers(arguments, layers))
+        topology = TieTopology.build(request.tie, layers, moe_layers(moe_pattern(arguments, layers), layers))
     return list(conflicts(arguments, topology))
 
 

@@ -82,14 +82,6 @@ def moe_pattern(arguments: Arguments, num_layers: int) -> int | list[int]:
     return pattern
 
 
-def moe_layers(arguments: Arguments, num_layers: int) -> list[int]:
-    """The MoE layers, from 0. Raises ConfigError for a pattern that is none, or has another length."""
-    pattern = moe_pattern(arguments, num_layers)
-    if isinstance(pattern, int):
-        return list(range(0, num_layers, pattern))
-    return [layer for layer, is_moe in enumerate(pattern) if is_moe]
-
-
 def derive(arguments: Arguments) -> DerivedModel:
     """The model and layout of arguments that `missing` finds complete. Raises ConfigError for sizes that clash."""
     assumed: list[str] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_tied.patching.arguments import Arguments
 from megatron_tied.patching.megatron_arguments import DerivedModel, count_of
@@ -69,7 +69,7 @@ class Savings:
 def savings(derived: DerivedModel, tie: TieConfig, arguments: Arguments) -> Savings:
     """Both models counted. Raises ConfigError if the tie groups do not fit the layers."""
     topology = derived.model.topology(tie)
-    untied = derived.model.topology(replace(tie, group_size=1, banks=None, num_tied_experts=None))
+    untied = derived.model.topology(tie.untied())
     return Savings(
         derived,
         topology,

@@ -7,10 +7,10 @@ import pytest
 from megatron_tied.errors import ConfigError
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.patching.arguments import Arguments, arguments_from_keys
-from megatron_tied.patching.megatron_arguments import derive, missing, moe_layers, unknown_layers
+from megatron_tied.patching.megatron_arguments import derive, missing, moe_pattern, unknown_layers
 from megatron_tied.patching.savings import Savings, savings
 from megatron_tied.planner.parameters import count_parameters
-from megatron_tied.topology import TieConfig, TieTopology
+from megatron_tied.topology import TieConfig, TieTopology, moe_layers
 
 TIE = TieConfig(group_size=4)
 QWEN = (
@@ -156,13 +156,13 @@ def test_layers_that_depend_on_the_environment_are_not_guessed(name: str) -> Non
     ],
 )
 def test_moe_layers(more: str, layers: list[int]) -> None:
-    assert moe_layers(read(f"--num-layers 4 {more}"), 4) == layers
+    assert list(moe_layers(moe_pattern(read(f"--num-layers 4 {more}"), 4), 4)) == layers
 
 
 @pytest.mark.parametrize("pattern", ["([0]*1+[1]*5)", "[1]*x", "some"])
 def test_a_pattern_that_is_none_or_of_other_layers(pattern: str) -> None:
     with pytest.raises(ConfigError, match="--moe-layer-freq"):
-        moe_layers(read(f"--num-layers 4 --moe-layer-freq {pattern}"), 4)
+        moe_pattern(read(f"--num-layers 4 --moe-layer-freq {pattern}"), 4)
 
 
 @pytest.mark.parametrize(
