@@ -21,7 +21,7 @@ RUNS = {
         Run(ep=2, stage=0, steps=3, broken="clip"),
     ],
     4: [
-        *(Run(ep=2, stage=stage, steps=50) for stage in range(4)),
+        *(Run(ep=2, stage=stage, steps=20) for stage in range(4)),
         *(Run(ep=4, stage=stage, steps=10) for stage in range(4)),
         Run(ep=2, stage=0, steps=3, broken="clip"),
         Run(ep=2, stage=0, steps=3, broken="reduction"),

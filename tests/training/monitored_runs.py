@@ -1,7 +1,7 @@
 """Runs for the monitoring's tests, in one process: `monitored_runs CONFIG DIRECTORY`.
 
 interrupted: fails three times after steps that its newest checkpoint does not have, and is started again each time.
-collapsed: all routers send every token to the same two experts. discarded: the first steps overflow. healthy: 500 steps
+collapsed: all routers send every token to the same two experts. discarded: the first steps overflow. healthy: 250 steps
 of a small model. Each one's lines go to DIRECTORY/NAME.log.
 """
 
@@ -30,9 +30,9 @@ DISCARDED = [
     *("monitor.every=1", "monitor.expensive_every=1"),
 ]
 HEALTHY = [
-    *("train.steps=500", "train.eval_every=0", "train.global_batch_size=4"),
+    *("train.steps=250", "train.eval_every=0", "train.global_batch_size=4"),
     *("monitor.every=2", "monitor.expensive_every=20"),
-    *("monitor.dead_window=100", "optimizer.lr=2e-3", "optimizer.warmup_steps=50"),
+    *("monitor.dead_window=100", "optimizer.lr=2e-3", "optimizer.warmup_steps=25"),
 ]
 
 

@@ -83,7 +83,7 @@ def test_a_step_that_is_discarded_is_no_update_of_size_zero(runs: Path):
 def test_a_healthy_run_raises_no_alert(runs: Path):
     assert alerts(runs, "healthy") == []
     losses = series(runs / "healthy", "lm_loss")
-    assert len(losses) == 500
+    assert len(losses) == 250
     assert losses[-1] < losses[0] - 1
     assert max(series(runs / "healthy", "bank_dead_fraction/01")) == 0
 
