@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -17,7 +17,8 @@ from tests.distributed.launch import launch
 from tests.planner.measure import Case
 
 STATES = [
-    *(Case(ep=ep, stage=stage, group_size=g) for stage, ep, g in product((0, 1, 2, 3), (1, 2, 4), (1, 4))),
+    *(Case(ep=ep, stage=stage, group_size=4) for stage, ep in product((0, 1, 2, 3), (1, 2, 4))),
+    *(Case(ep=2, stage=stage) for stage in (0, 1, 2, 3)),
     *(Case(ep=2, stage=stage, group_size=4, precision="bf16", accumulation=2) for stage in (1, 2, 3)),
     # Both recompute and tensor parallelism send more.
     Case(ep=4, stage=1, group_size=2, recompute="moe", accumulation=2),
@@ -29,6 +30,8 @@ STATES = [
     *(Case(ep=2, stage=stage, group_size=2, share="all") for stage in (2, 3)),
     Case(ep=2, stage=1, tied_experts=4),
 ]
+# Slow: what they could show, each stage shows with tied experts at the same EP, or untied at EP 2.
+UNTIED = [Case(ep=ep, stage=stage) for stage, ep in product((0, 1, 2, 3), (1, 4))]
 LARGE: dict[str, Any] = {"micro_batch": 2, "seq_length": 128, "peak": True}
 LARGER: dict[str, Any] = {"micro_batch": 4, "seq_length": 128, "peak": True}
 # Banks that are much of the model, so that it shows how many copies of one are there.
@@ -59,47 +62,58 @@ PEAKS_OF_FOUR_RANKS = [
     Case(**LARGER, precision="bf16", ep=2, tp=2, group_size=4),
     Case(**LARGER, stage=2, ep=4, group_size=2, recompute="moe"),
 ]
-Measured = list[dict[str, Any]]
+Measured = dict[str, Any]
 
 
-def _run(cases: Sequence[Case], world: int, directory: Path) -> Measured:
+def on_cases(cases: Iterable[Case]) -> pytest.MarkDecorator:
+    """For tests of these, and of the slow ones."""
+    return pytest.mark.parametrize(
+        "case", [*cases, *(pytest.param(case, marks=pytest.mark.slow) for case in UNTIED)], ids=str
+    )
+
+
+def _run(cases: Sequence[Case], world: int, directory: Path) -> dict[str, Measured]:
     given, result = directory / "cases.json", directory / "measured.json"
     given.write_text(json.dumps([asdict(case) for case in cases]))
     launch("tests.planner.measure", world, str(given), str(result))
-    return json.loads(result.read_text())
+    return dict(zip(map(str, cases), json.loads(result.read_text()), strict=True))
 
 
 @pytest.fixture(scope="module")
-def on_four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    """What came out for STATES, then for PEAKS_OF_FOUR_RANKS."""
+def on_four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
     return _run([*STATES, *PEAKS_OF_FOUR_RANKS], 4, tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture(scope="module")
-def on_one_rank(tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    """What came out for PEAKS_OF_ONE_RANK."""
+def untied_on_four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
+    return _run(UNTIED, 4, tmp_path_factory.mktemp("untied"))
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
     return _run(PEAKS_OF_ONE_RANK, 1, tmp_path_factory.mktemp("one"))
 
 
-@pytest.mark.parametrize("index", range(len(STATES)), ids=map(str, STATES))
-def test_states_are_what_is_allocated(on_four_ranks: Measured, index: int) -> None:
-    measured = on_four_ranks[index]
+@pytest.fixture
+def measured(case: Case, request: pytest.FixtureRequest) -> Measured:
+    """What came out for the test's case on four ranks, launched once for all cases that are not slow."""
+    return request.getfixturevalue("untied_on_four_ranks" if case in UNTIED else "on_four_ranks")[str(case)]
+
+
+@on_cases(STATES)
+def test_states_are_what_is_allocated(measured: Measured) -> None:
     assert measured["planned states"] == pytest.approx(measured["states"], rel=0.01)
 
 
-@pytest.mark.parametrize("index", range(len(STATES)), ids=map(str, STATES))
-def test_what_a_run_reports_is_weights_and_optimizer_states(on_four_ranks: Measured, index: int) -> None:
-    parts = on_four_ranks[index]["parts"]
-    assert on_four_ranks[index]["reported states"] == pytest.approx(parts["weights"] + parts["optimizer"], rel=0.01)
+@on_cases(STATES)
+def test_what_a_run_reports_is_weights_and_optimizer_states(measured: Measured) -> None:
+    parts = measured["parts"]
+    assert measured["reported states"] == pytest.approx(parts["weights"] + parts["optimizer"], rel=0.01)
 
 
 # What Muon sends to have whole matrices is not planned.
-WITH_PLANNED_TRAFFIC = {str(case): index for index, case in enumerate(STATES) if case.optimizer == "adamw"}
-
-
-@pytest.mark.parametrize("index", WITH_PLANNED_TRAFFIC.values(), ids=WITH_PLANNED_TRAFFIC)
-def test_traffic_is_what_collectives_carry(on_four_ranks: Measured, index: int) -> None:
-    measured = on_four_ranks[index]
+@on_cases(case for case in STATES if case.optimizer == "adamw")
+def test_traffic_is_what_collectives_carry(measured: Measured) -> None:
     planned = measured["planned traffic"]
     for kind in planned.keys() | measured["traffic"].keys():
         # Norms, overflow flags and token counts are not planned: a thousandth of everything may be theirs.
@@ -107,14 +121,14 @@ def test_traffic_is_what_collectives_carry(on_four_ranks: Measured, index: int) 
         assert planned.get(kind, 0) == pytest.approx(measured["traffic"].get(kind, 0), rel=0.01, abs=slack), kind
 
 
-@pytest.mark.parametrize("index", range(len(PEAKS_OF_ONE_RANK)), ids=map(str, PEAKS_OF_ONE_RANK))
-def test_peak_is_what_the_allocator_gave_out(on_one_rank: Measured, index: int) -> None:
-    assert on_one_rank[index]["planned peak"] == pytest.approx(on_one_rank[index]["peak"], rel=0.1)
+@pytest.mark.parametrize("case", PEAKS_OF_ONE_RANK, ids=str)
+def test_peak_is_what_the_allocator_gave_out(on_one_rank: dict[str, Measured], case: Case) -> None:
+    measured = on_one_rank[str(case)]
+    assert measured["planned peak"] == pytest.approx(measured["peak"], rel=0.1)
 
 
-@pytest.mark.parametrize("index", range(len(PEAKS_OF_FOUR_RANKS)), ids=map(str, PEAKS_OF_FOUR_RANKS))
-def test_peak_of_four_ranks(on_four_ranks: Measured, index: int) -> None:
-    measured = on_four_ranks[len(STATES) + index]
+@pytest.mark.parametrize("case", PEAKS_OF_FOUR_RANKS, ids=str)
+def test_peak_of_four_ranks(measured: Measured) -> None:
     # Wider than on one rank: how long gloo's threads hold a reduced tensor differs from run to run, by some percent.
     assert measured["planned peak"] == pytest.approx(measured["peak"], rel=0.15)
 
@@ -123,7 +137,7 @@ def test_muon_works_on_as_many_elements_at_once_as_is_planned() -> None:
     assert states.MUON_AT_ONCE == locations.MOST
 
 
-def test_peaks_are_more_than_states(on_one_rank: Measured) -> None:
+def test_peaks_are_more_than_states(on_one_rank: dict[str, Measured]) -> None:
     """Else the comparison above would say little about activations."""
-    shares = [measured["parts"]["activations"] / measured["planned peak"] for measured in on_one_rank]
+    shares = [measured["parts"]["activations"] / measured["planned peak"] for measured in on_one_rank.values()]
     assert sum(share > 0.25 for share in shares) >= 6
