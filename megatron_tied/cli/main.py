@@ -14,6 +14,7 @@ from megatron_tied.cli import (
     convert,
     doctor,
     evaluate,
+    generate,
     lm_eval,
     patch,
     plan,
@@ -23,7 +24,20 @@ from megatron_tied.cli import (
 )
 from megatron_tied.errors import ConfigError
 
-_COMMANDS = (prepare_data, plan, patch, convert, checkpoint, run_report, evaluate, lm_eval, bench, doctor, supervise)
+_COMMANDS = (
+    prepare_data,
+    plan,
+    patch,
+    convert,
+    checkpoint,
+    run_report,
+    evaluate,
+    generate,
+    lm_eval,
+    bench,
+    doctor,
+    supervise,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,10 +16,10 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from megatron_tied.data.adapters import Tokenizer, load_tokenizer
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.inference.checks import launcher_problems, tokenizer_of
 from megatron_tied.inference.generation import continue_greedily
-from megatron_tied.inference.loading import TrainedModel, find_model, load_model
+from megatron_tied.inference.loading import find_model, load_model
 from megatron_tied.inference.processes import one_process
 from megatron_tied.inference.scoring import Text, by_length, score
 
@@ -50,7 +49,7 @@ class MegatronTiedLM(TemplateLM):
     ):
         super().__init__()
         found = find_model(Path(str(checkpoint)), field="checkpoint")
-        self._tokenizer = _tokenizer(found, tokenizer)
+        self._tokenizer = tokenizer_of(found, tokenizer)
         _check_settings(batch_size, precision)
         _use_device(device)
         self._batch_size = int(batch_size)
@@ -114,7 +113,10 @@ class MegatronTiedLM(TemplateLM):
             return _cut(text, setting) != text
 
         contexts = [context for context, _ in wanted]
-        generated = continue_greedily(self._model, contexts, is_complete, max_length=self._max_length)
+        longest = max(setting["max_gen_toks"] for _, setting in wanted)
+        generated = continue_greedily(
+            self._model, contexts, is_complete, max_length=self._max_length, max_new_tokens=longest
+        )
         return [
             _cut(self._continuation(context, ids), setting)
             for (context, setting), ids in zip(wanted, generated, strict=True)
@@ -142,27 +144,13 @@ class MegatronTiedLM(TemplateLM):
         return [(found.log_likelihood, found.is_greedy) for found in scores]
 
 
-def _tokenizer(found: TrainedModel, given: str | None) -> Tokenizer:
-    path = given or found.tokenizer
-    if path is None:
-        valid = f"must be given: that of the training, {found.run['data'].get('tokenizer')}, is not here"
-        raise ConfigError(Problem("tokenizer", None, valid))
-    tokenizer = load_tokenizer(path, field="tokenizer")
-    if tokenizer.vocab_size > found.vocab_size:
-        valid = f"has {tokenizer.vocab_size} tokens, and the model knows {found.vocab_size}"
-        raise ConfigError(Problem("tokenizer", str(path), valid))
-    return tokenizer
-
-
 def _check_settings(batch_size: int | str, precision: str | None) -> None:
     problems = []
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
         problems.append(Problem("--batch_size", batch_size, "must be an integer >= 1"))
     if precision not in (None, "fp32", "bf16", "fp16"):
         problems.append(Problem("precision", precision, "must be fp32, bf16 or fp16"))
-    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        problems.append(Problem("WORLD_SIZE", processes, "must be 1: start it without a launcher"))
-    if problems:
+    if problems := problems + launcher_problems():
         raise ConfigError(problems)
 
 

@@ -52,9 +52,15 @@ def logits(model: torch.nn.Module, sequences: Sequence[Tokens]) -> torch.Tensor:
 
     Its padding comes last: attention looks back only, and an expert looks at one token, so that no other is changed.
     """
+    tokens = padded(sequences)
+    found: torch.Tensor = model(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens), None)
+    return found
+
+
+def padded(sequences: Sequence[Tokens]) -> torch.Tensor:
+    """[sequences, longest] on this process's device; what fills up the shorter ones means nothing."""
     rows = [torch.tensor(sequence) for sequence in sequences]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device())
-    return model(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens), None)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device())
 
 
 def _score(text: Text, output: torch.Tensor) -> Score:
