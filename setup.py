@@ -1,18 +1,32 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+_VERSION_FILE = Path(__file__).parent / "megatron_tied" / "__init__.py"
+# Not imported: what the package needs may not be there yet.
+_VERSION = re.search(r'^__version__ = "(.+)"$', _VERSION_FILE.read_text(encoding="utf-8"), re.MULTILINE)[1]
+
 setup(
     name="megatron-tied",
-    version="0.1.0.dev0",
+    version=_VERSION,
     description="Pretraining of Mixture-of-Experts models with tied experts, on Megatron-Core and DeepSpeed",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=[*find_packages(include=["megatron_tied", "megatron_tied.*"]), "megatron_tied.patches"],
     package_dir={"megatron_tied.patches": "patches"},
     package_data={
+        "megatron_tied": ["py.typed"],
         "megatron_tied.patches": ["*.diff", "trees.json"],
         "megatron_tied.report": ["*.j2"],
         "megatron_tied.planner": ["hardware.yaml"],
@@ -40,6 +54,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "build>=1.2",
             "check-jsonschema>=0.30",
             "coverage>=7.10",
             "datasets>=4",
@@ -56,6 +71,7 @@ setup(
             "ruff==0.17.*",
             "scipy-stubs",
             "selenium>=4",
+            "setuptools>=77",
             "tiktoken>=0.8",
             "transformers>=5",
             "types-psutil",

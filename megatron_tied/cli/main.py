@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
+from megatron_tied import __version__
 from megatron_tied.bad_input import BAD_INPUT, report
 from megatron_tied.cli import (
     bench,
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Pretraining of Mixture-of-Experts models whose layers share experts.",
         epilog="To train: deepspeed --module megatron_tied.pretrain --config FILE [section.field=value ...]",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(subparsers)
@@ -63,13 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         report(error, sys.stderr)
         return BAD_INPUT
-
-
-def _version() -> str:
-    try:
-        return version("megatron-tied")
-    except PackageNotFoundError:
-        return "(not installed: run from its sources)"
 
 
 if __name__ == "__main__":

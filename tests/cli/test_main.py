@@ -2,8 +2,11 @@
 
 import argparse
 import io
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,23 +14,49 @@ from megatron_tied.bad_input import report
 from megatron_tied.cli import main as cli
 from megatron_tied.errors import ConfigError, Problem
 
+CASES = Path(__file__).parents[1] / "patching" / "cases"
 HEAVY = {"torch", "deepspeed", "megatron.core", "transformers", "sentencepiece", "numpy"}
+HEAVY_FOR_HELP = HEAVY | {"pydantic", "omegaconf", "rich", "tqdm"}
+
+
+def run_and_watch(*arguments: str, cwd: Path | None = None) -> tuple[str, set[str]]:
+    """What a command prints, and the modules that Python says it has imported."""
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_tied.cli.main", *arguments]
+    done = subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True)
+    modules = set(re.findall(r"^import time: .*\| +(\S+)$", done.stderr, re.MULTILINE))
+    assert {"argparse", "megatron_tied.errors"} < modules
+    return done.stdout, modules
 
 
 def test_help_lists_the_commands_and_imports_nothing_heavy():
-    heavy = HEAVY | {"pydantic", "omegaconf", "rich", "tqdm"}
-    code = (
-        "import sys\n"
-        "from megatron_tied.cli.main import main\n"
-        "for arguments in ([], ['plan'], ['patch']):\n"
-        "    try: main([*arguments, '--help'])\n"
-        "    except SystemExit as end: assert end.code == 0\n"
-        f"print('heavy:', sorted(sys.modules.keys() & {heavy!r}))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "prepare-data" in done.stdout
-    assert "--module megatron_tied.pretrain --config FILE" in done.stdout
-    assert "heavy: []" in done.stdout
+    shown, modules = run_and_watch("--help")
+    assert "prepare-data" in shown
+    assert "generate" in shown
+    assert "--module megatron_tied.pretrain --config FILE" in shown
+    assert not modules & HEAVY_FOR_HELP
+
+
+@pytest.mark.parametrize("command", ["plan", "patch", "generate"])
+def test_help_of_a_command_imports_nothing_heavy(command: str):
+    shown, modules = run_and_watch(command, "--help")
+    assert f"megatron-tied {command}" in shown
+    assert not modules & HEAVY_FOR_HELP
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "--arch", "olmoe", "--scale", "tiny", "--world-size", "8", "--search", "--group-sizes", "1,2"),
+        ("patch", "command.sh"),
+        ("patch", "megatron.yaml"),
+    ],
+    ids=" ".join,
+)
+def test_what_needs_no_model_does_not_wait_for_torch(arguments: tuple[str, ...], tmp_path: Path):
+    shutil.copytree(CASES, tmp_path, dirs_exist_ok=True)
+    shown, modules = run_and_watch(*arguments, cwd=tmp_path)
+    assert shown
+    assert not {name.partition(".")[0] for name in modules} & {"torch", "deepspeed", "megatron"}
 
 
 def test_training_explains_itself_without_loading_torch():
