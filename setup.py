@@ -56,7 +56,6 @@ setup(
         "test": [
             "build>=1.2",
             "check-jsonschema>=0.30",
-            "coverage>=7.10",
             "datasets>=4",
             "docker>=7",
             "dockerfile-parse>=2",
@@ -68,6 +67,8 @@ setup(
             "pdoc>=16",
             "podman-compose>=1.5",
             "pytest>=8",
+            "pytest-cov>=6",
+            "pytest-xdist>=3.6",
             "ruff==0.17.*",
             "scipy-stubs",
             "selenium>=4",

@@ -14,7 +14,7 @@ BAD_INPUT = 2  # the exit code of argparse too
 PATIENCE_SECONDS = 10
 
 
-def report(error: ConfigError, stream: TextIO) -> None:
+def tell(error: ConfigError, stream: TextIO) -> None:
     """Writes how many problems there are, then one line for each: field, value, what is valid."""
     count = len(error.problems)
     stream.write(f"error: {count} problem{'' if count == 1 else 's'} in the configuration\n")
@@ -22,12 +22,12 @@ def report(error: ConfigError, stream: TextIO) -> None:
         stream.write(f"  {problem}\n")
 
 
-def report_once(error: ConfigError) -> int:
+def tell_once(error: ConfigError) -> int:
     """Tells it and returns the exit code, on ranks other than the first after a wait.
 
     What the first rank finds, too, ends the job in that time; what one pipeline stage alone finds is told by it.
     """
     if int(os.environ.get("RANK", 0)) != 0:
         time.sleep(PATIENCE_SECONDS)
-    report(error, sys.stderr)
+    tell(error, sys.stderr)
     return BAD_INPUT

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_tied.bad_input import BAD_INPUT, PATIENCE_SECONDS, report
+from megatron_tied.bad_input import BAD_INPUT, PATIENCE_SECONDS, tell
 from megatron_tied.checkpoint.directory import how_to_go_on
 from megatron_tied.errors import ConfigError, Problem, TrainingStopped
 from megatron_tied.training.config import RunConfig
@@ -77,7 +77,7 @@ def _end(error: ConfigError | TrainingStopped, code: int, *, told_here: bool) ->
     if not told_here:
         time.sleep(PATIENCE_SECONDS)
     elif isinstance(error, ConfigError):
-        report(error, sys.stderr)
+        tell(error, sys.stderr)
     else:
         print(f"error: {error}", file=sys.stderr)
     return code

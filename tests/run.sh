@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the tests; arguments go to pytest. No GPU needed; slow and GPU tests: -m "slow or gpu".
-# Where it is root, it also installs what some tests need, from Debian; without it those tests are skipped.
+# Sets up .venv, then runs every gate and test, two files at a time; with arguments, pytest with these, one by one.
+# No GPU needed; slow and GPU tests: -m "slow or gpu". Where it is root, it also installs what some tests need, from
+# Debian; without it those tests are skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash examples/setup_venv.sh test
@@ -26,6 +27,10 @@ if [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/n
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-marker=(-m "not slow and not gpu")
-[ $# -eq 0 ] || marker=()
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest "${marker[@]}" "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+[ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
+.venv/bin/mypy
+.venv/bin/lint-imports --no-cache --no-logo
+# Two ranks rarely keep two cores busy. What the tests' own processes run is measured, not what ranks do.
+.venv/bin/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile --durations 15 \
+  --cov megatron_tied --cov-report term:skip-covered

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy import stats
 
-from megatron_tied.bad_input import BAD_INPUT, report
+from megatron_tied.bad_input import BAD_INPUT, tell
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.files import write_whole
 from megatron_tied.report.history_lines import Lines, Series, read_lines
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(Problem("RUNS", str(arguments.runs), "must be a directory"))
         rows, left_out = read_rows(arguments.runs)
     except ConfigError as error:
-        report(error, sys.stderr)
+        tell(error, sys.stderr)
         return BAD_INPUT
     arguments.output.mkdir(parents=True, exist_ok=True)
     texts = []

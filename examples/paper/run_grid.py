@@ -30,7 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from megatron_tied.bad_input import BAD_INPUT, report
+from megatron_tied.bad_input import BAD_INPUT, tell
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.run_directory import CONFIG, SUMMARY, last_logged
 from megatron_tied.training.config import RunConfig
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(Problem("--jobs", arguments.jobs, "must be at least 1"))
         rows = rows_of(configs, arguments.runs, arguments.seeds, overrides)
     except ConfigError as error:
-        report(error, sys.stderr)
+        tell(error, sys.stderr)
         return BAD_INPUT
     grid = Grid(rows, shlex.split(arguments.launch), arguments.jobs)
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tied.bad_input import report_once
+from megatron_tied.bad_input import tell_once
 from megatron_tied.cli.json_file import check_place, write_json
 from megatron_tied.cli.options import Subparsers, count
 from megatron_tied.errors import ConfigError, Problem
@@ -55,7 +55,7 @@ def _bench(args: argparse.Namespace) -> int:
     except ConfigError as error:
         if "RANK" not in os.environ:
             raise
-        return report_once(error)
+        return tell_once(error)
 
 
 def _run_all(args: argparse.Namespace) -> int:

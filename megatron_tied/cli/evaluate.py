@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_tied.bad_input import report_once
+from megatron_tied.bad_input import tell_once
 from megatron_tied.cli.json_file import check_place, write_json
 from megatron_tied.cli.options import Subparsers, count
 from megatron_tied.errors import ConfigError, Problem
@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
     except ConfigError as error:
         if "RANK" not in os.environ:
             raise
-        return report_once(error)
+        return tell_once(error)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_tied import __version__
-from megatron_tied.bad_input import BAD_INPUT, report
+from megatron_tied.bad_input import BAD_INPUT, tell
 from megatron_tied.cli import (
     bench,
     checkpoint,
@@ -19,7 +19,7 @@ from megatron_tied.cli import (
     patch,
     plan,
     prepare_data,
-    run_report,
+    report,
     supervise,
 )
 from megatron_tied.errors import ConfigError
@@ -30,7 +30,7 @@ _COMMANDS = (
     patch,
     convert,
     checkpoint,
-    run_report,
+    report,
     evaluate,
     generate,
     lm_eval,
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         return code
     except ConfigError as error:
-        report(error, sys.stderr)
+        tell(error, sys.stderr)
         return BAD_INPUT
 
 

@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
-from megatron_tied.bad_input import report_once
+from megatron_tied.bad_input import tell_once
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.megatron_lm import hooks
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         install(script)
         run(script, argv)
     except ConfigError as error:
-        return report_once(error)
+        return tell_once(error)
     return 0
 
 

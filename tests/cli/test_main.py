@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tied.bad_input import report
+from megatron_tied.bad_input import tell
 from megatron_tied.cli import main as cli
 from megatron_tied.errors import ConfigError, Problem
 
@@ -126,7 +126,7 @@ def test_bad_input_is_told_on_stderr_and_ends_with_2(
 
 def test_one_problem_is_one_line_whatever_its_value():
     stream = io.StringIO()
-    report(ConfigError(Problem("data.train", "two\nlines", "must be a path")), stream)
+    tell(ConfigError(Problem("data.train", "two\nlines", "must be a path")), stream)
     assert stream.getvalue() == (
         "error: 1 problem in the configuration\n  data.train = 'two\\nlines': must be a path\n"
     )

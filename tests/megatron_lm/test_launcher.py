@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tied.bad_input import report_once
+from megatron_tied.bad_input import tell_once
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.megatron_lm import hooks
 
@@ -80,6 +80,6 @@ def test_what_one_rank_alone_finds_is_told_by_it(
     waited = []
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr("time.sleep", waited.append)
-    assert report_once(ConfigError(Problem("a", 1, "must be 2"))) == 2
+    assert tell_once(ConfigError(Problem("a", 1, "must be 2"))) == 2
     assert "a = 1: must be 2" in capsys.readouterr().err
     assert bool(waited) is (rank != 0)

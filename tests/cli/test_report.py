@@ -134,8 +134,8 @@ def test_it_does_without_torch(arguments: list[str], runs: tuple[Path, Path], tm
 def test_a_long_read_shows_how_far_it_is(runs: tuple[Path, Path], tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from megatron_tied.cli import main, run_report\n"
-        "run_report._BAR_AFTER_SECONDS = 0\n"
+        "from megatron_tied.cli import main, report\n"
+        "report._BAR_AFTER_SECONDS = 0\n"
         "sys.exit(main.main(['report', *sys.argv[1:]]))\n"
     )
     ours, theirs = pty.openpty()
