@@ -58,5 +58,8 @@ Trained: {s['topology']}  (brackets: one expert bank)
   config   {run}/config.yaml
   metrics  {run}/metrics.jsonl
   summary  {run}/summary.json
-  curves   .venv/bin/tensorboard --logdir {run}/tensorboard""")
+  curves   .venv/bin/tensorboard --logdir {run}/tensorboard
+  text     .venv/bin/megatron-tied generate --checkpoint {run} --prompt 'def '
+
+What to try next: "The first hour" in README.md""")
 PY

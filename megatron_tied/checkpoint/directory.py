@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_tied.checkpoint.manifest import BrokenCheckpointError
 from megatron_tied.files import sync, write_whole
-from megatron_tied.run_directory import CHECKPOINTS
+from megatron_tied.run_directory import CHECKPOINTS, METRICS
 
 LATEST = "latest"
 _STEP = re.compile(r"step_(\d{8,})")
@@ -107,4 +107,6 @@ def resolve(path: Path) -> Path:
         named = CheckpointDirectory(root).latest()
         if named is not None:
             return named
+    if (path / METRICS).is_file():
+        raise BrokenCheckpointError(path, "is a run without a checkpoint so far")
     return path

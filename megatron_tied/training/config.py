@@ -151,7 +151,10 @@ class RunConfig(Section):
                 )
 
     def _parallel_problems(self, world_size: int) -> Iterator[Problem]:
-        parallel, processes = self.parallel, {"the number of processes": world_size}
+        started = "the number of processes"
+        if world_size == 1:  # what launchers start where nobody tells them how many
+            started += " (deepspeed --num_accelerators N and torchrun --nproc_per_node N start N)"
+        parallel, processes = self.parallel, {started: world_size}
         for name in ("pipeline_model_parallel_size", "context_parallel_size"):
             size = getattr(parallel, name)
             if size != 1:

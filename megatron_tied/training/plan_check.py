@@ -57,7 +57,7 @@ class PlanCheck:
             f"plan against measured: weights and optimizer states {planned['planned_states_gb']:.3f} GB, "
             f"measured {state_bytes(engine) / GB:.3f}; all tensors at the peak {planned['planned_memory_gb']:.3f} GB, "
             f"{_measured_peak()}; {planned['planned_tokens_per_second']:,.0f} tokens/s "
-            f"if it were as fast as {self._plan.hardware.name} is in hardware.yaml, measured {tokens_per_second:,.0f}"
+            f"by the figures of {self._plan.hardware.name} in hardware.yaml, measured {tokens_per_second:,.0f}"
         )
 
 
@@ -65,7 +65,7 @@ def _measured_peak() -> str:
     if torch.cuda.is_available():
         return f"measured {torch.cuda.max_memory_allocated() / GB:.3f}"
     # A CPU allocator keeps no peak, and untouched parts of buckets take no memory.
-    return f"resident now {psutil.Process().memory_info().rss / GB:.3f} with all libraries"
+    return f"resident now {psutil.Process().memory_info().rss / GB:.3f} GB, with libraries, without untouched buckets"
 
 
 def _this_hardware() -> Hardware:

@@ -115,6 +115,9 @@ def _checked(config: RunConfig, checkpoint: Checkpoint, remarks: list[str]) -> S
     if manifest.step > config.train.steps:
         valid = f"must be at least {manifest.step}, the step of {path}"
         problems.append(Problem("train.steps", config.train.steps, valid))
+    if problems and path.parent == checkpoint_directory(config).root:
+        valid = "holds that run: a new one needs a directory of its own"
+        problems.append(Problem("train.run_dir", config.train.run_dir, valid))
     if problems:
         raise ConfigError(problems)
     remarks = [*remarks, f"goes on after step {manifest.step}: {path}"]

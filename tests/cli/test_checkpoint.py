@@ -90,3 +90,9 @@ def test_a_file_that_is_not_there(large: Path, capsys: pytest.CaptureFixture[str
     (large / FILES[3]).unlink()
     assert main(["checkpoint", "inspect", str(large)]) == 2
     assert f"{FILES[3]}: is missing: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoint_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert main(["checkpoint", "inspect", str(tmp_path)]) == 2
+    assert f"is not sound: {tmp_path}: is a run without a checkpoint so far" in capsys.readouterr().err

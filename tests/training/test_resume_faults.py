@@ -185,6 +185,7 @@ def test_another_model_topology_or_order_of_data(config: Path, run: Path) -> Non
         f"model.kv_channels = 16: must be 8, {origin}",
         f"model.moe_router_topk = 3: must be 2, {origin}",
         f"tie = '5 layers: 0 [1 2] [3 4]': must be 5 layers: 0 [1 2 3 4], {origin}",
+        f"train.run_dir = '{run}': holds that run: a new one needs a directory of its own",
     ]
     data = ["train.seed=7", "train.global_batch_size=16", "train.steps=3", f"train.run_dir={run}"]
     order = f"{origin}: another would change the order of samples; see train.init_from for a new run"
@@ -192,6 +193,7 @@ def test_another_model_topology_or_order_of_data(config: Path, run: Path) -> Non
         f"train.global_batch_size = 16: must be 8, {order}",
         f"train.seed = 7: must be 1234, {order}",
         f"train.steps = 3: must be at least 4, the step of {checkpoint(run, 4)}",
+        f"train.run_dir = '{run}': holds that run: a new one needs a directory of its own",
     ]
 
 
