@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -63,9 +62,8 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print()
         return _INTERRUPTED
-    except BrokenPipeError:
-        # Nobody reads on, not even what Python would write at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # nobody reads on
+        return 0
     return 0
 
 

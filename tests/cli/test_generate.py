@@ -86,6 +86,7 @@ def test_it_ends_with_the_document(
     assert generate(model) == 0
     told = capsys.readouterr()
     assert told.out == f"{PROMPT}\n"
+    assert "\n1 tokens after " in told.err
     assert told.err.endswith("ended by the token that ends documents\n")
 
 
