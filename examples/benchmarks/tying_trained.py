@@ -17,8 +17,9 @@ import torch
 
 from megatron_tied.checkpoint.directory import resolve
 from megatron_tied.convert.convert import Conversion, convert
-from megatron_tied.convert.live_model import logits, model_of_checkpoint, one_process
+from megatron_tied.convert.live_model import logits, model_of_checkpoint
 from megatron_tied.data.datasets import build_datasets
+from megatron_tied.inference.processes import one_process
 from megatron_tied.topology import TieConfig
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import load_config

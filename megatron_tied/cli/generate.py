@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_tied.cli.options import Subparsers
 from megatron_tied.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ where there is one.
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Adds `generate`."""
     told = "what a checkpoint's model writes after a text"
     parser = subparsers.add_parser("generate", help=told, description=_DESCRIPTION)

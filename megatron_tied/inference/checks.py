@@ -18,9 +18,8 @@ def tokenizer_of(found: TrainedModel, given: str | Path | None = None, *, field:
         why = f"that of the training, {trained_with}, is not here" if trained_with else "the checkpoint names none"
         raise ConfigError(Problem(field, None, f"must be given: {why}"))
     tokenizer = load_tokenizer(path, field=field)
-    known = found.config.vocab_size
-    if known is not None and tokenizer.vocab_size > known:
-        valid = f"has {tokenizer.vocab_size} tokens, and the model knows {known}"
+    if tokenizer.vocab_size > found.vocab_size:
+        valid = f"has {tokenizer.vocab_size} tokens, and the model knows {found.vocab_size}"
         raise ConfigError(Problem(field, str(path), valid))
     return tokenizer
 

@@ -21,6 +21,7 @@ from megatron_tied.data.adapters import is_tiktoken
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.models.gpt import HOST_OPTIONS, build_gpt_model
+from megatron_tied.models.latent_attention import is_latent
 from megatron_tied.topology import TieConfig
 
 # Where an expert takes so many tokens and no more, one text's result depends on the others beside it.
@@ -95,6 +96,8 @@ def inference_config(config: ModelConfig) -> ModelConfig:
     fields |= {name: False for name, (_, is_here) in HOST_OPTIONS.items() if name in fields and not is_here()}
     if fields["expert_backend"] == "te" and not HAVE_TE:
         fields["expert_backend"] = "grouped"
+    if is_latent(config) and "apply_rope_fusion" in fields:
+        fields["apply_rope_fusion"] = False  # which Megatron-Core has for training only
     return ModelConfig.resolve(fields)
 
 

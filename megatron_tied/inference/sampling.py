@@ -33,7 +33,9 @@ def probabilities(logits: torch.Tensor, *, temperature: float, top_p: float) -> 
 
     [vocabulary] in float32. Source: nucleus sampling (arXiv:1904.09751).
     """
-    ordered, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
+    logits = logits.float()
+    # Below 0, so that no temperature is too small to divide by.
+    ordered, order = ((logits - logits.max()) / temperature).softmax(-1).sort(descending=True)
     # With 1 all stay, though sums may round to 1 before the last.
     needed = (ordered.cumsum(-1) - ordered < top_p) | (top_p == 1)
     kept = torch.zeros_like(ordered).scatter(-1, order, ordered * needed)

@@ -96,7 +96,8 @@ class ModelConfig(BaseModel):
     """Transformer layers, dense ones included."""
     hidden_size: PositiveInt
     """Width of the residual stream."""
-    ffn_hidden_size: PositiveInt = Field(default_factory=lambda given: 4 * given["hidden_size"])
+    # `get`: pydantic before 2.14 asks also where one of these is wrong, which is told already.
+    ffn_hidden_size: PositiveInt = Field(default_factory=lambda given: 4 * given.get("hidden_size", 1))
     """Width of dense layers; left out: 4 x hidden_size."""
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """Of all norms."""
@@ -117,9 +118,11 @@ class ModelConfig(BaseModel):
     """Standard deviation of initial weights."""
     num_attention_heads: PositiveInt
     """Query heads."""
-    num_query_groups: PositiveInt = Field(default_factory=lambda given: given["num_attention_heads"])
+    num_query_groups: PositiveInt = Field(default_factory=lambda given: given.get("num_attention_heads", 1))
     """Heads of keys and values; left out: as many as query heads."""
-    kv_channels: PositiveInt = Field(default_factory=lambda given: given["hidden_size"] // given["num_attention_heads"])
+    kv_channels: PositiveInt = Field(
+        default_factory=lambda given: given.get("hidden_size", 1) // given.get("num_attention_heads", 1)
+    )
     """Width of a head; left out: hidden_size / num_attention_heads."""
     add_qkv_bias: bool = False
     """Biases of query, key and value."""
@@ -133,7 +136,7 @@ class ModelConfig(BaseModel):
     """Clamps the entries of q, k and v to [-qkv_clip, qkv_clip]."""
     num_moe_experts: PositiveInt
     """Routed experts of an untied MoE layer."""
-    moe_ffn_hidden_size: PositiveInt = Field(default_factory=lambda given: given["ffn_hidden_size"])
+    moe_ffn_hidden_size: PositiveInt = Field(default_factory=lambda given: given.get("ffn_hidden_size", 1))
     """Width of an expert; left out: ffn_hidden_size."""
     moe_layer_freq: PositiveInt | list[Literal[0, 1]] = 1
     """Every how many layers one is MoE, from the first on; or 1 (MoE) and 0 (dense) for each layer."""

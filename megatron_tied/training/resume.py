@@ -112,12 +112,12 @@ def _checked(config: RunConfig, checkpoint: Checkpoint, remarks: list[str]) -> S
         raise ConfigError(Problem("train.resume", config.train.resume, valid))
     saved = config_of(checkpoint)
     problems = resume_problems(config, saved, str(path))
-    if manifest.step > config.train.steps:
-        valid = f"must be at least {manifest.step}, the step of {path}"
-        problems.append(Problem("train.steps", config.train.steps, valid))
     if problems and path.parent == checkpoint_directory(config).root:
         valid = "holds that run: a new one needs a directory of its own"
         problems.append(Problem("train.run_dir", config.train.run_dir, valid))
+    if manifest.step > config.train.steps:
+        valid = f"must be at least {manifest.step}, the step of {path}"
+        problems.append(Problem("train.steps", config.train.steps, valid))
     if problems:
         raise ConfigError(problems)
     remarks = [*remarks, f"goes on after step {manifest.step}: {path}"]

@@ -192,8 +192,8 @@ def test_another_model_topology_or_order_of_data(config: Path, run: Path) -> Non
     assert told(train(config, *data)) == [
         f"train.global_batch_size = 16: must be 8, {order}",
         f"train.seed = 7: must be 1234, {order}",
-        f"train.steps = 3: must be at least 4, the step of {checkpoint(run, 4)}",
         f"train.run_dir = '{run}': holds that run: a new one needs a directory of its own",
+        f"train.steps = 3: must be at least 4, the step of {checkpoint(run, 4)}",
     ]
 
 
