@@ -17,7 +17,7 @@ PATIENCE_SECONDS = 10
 def tell(error: ConfigError, stream: TextIO) -> None:
     """Writes how many problems there are, then one line for each: field, value, what is valid."""
     count = len(error.problems)
-    stream.write(f"error: {count} problem{'' if count == 1 else 's'} in the configuration\n")
+    stream.write(f"error: {count} problem{'' if count == 1 else 's'} in the input\n")
     for problem in error.problems:
         stream.write(f"  {problem}\n")
 

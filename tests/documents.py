@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests import config_reference, house, supported
+from tests import config_reference, house, supported, topologies
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 CONFIG_REFERENCE = ROOT / "examples" / "config.md"
-_BLOCKS = {"house": house.table, "supported": supported.table}
+_BLOCKS = {"house": house.table, "supported": supported.table, "topologies": topologies.table}
 
 
 def documents() -> dict[Path, str]:

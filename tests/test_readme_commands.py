@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from megatron_tied.training.config_file import load_config
 from megatron_tied.training.launcher import free_port
 from tests.data.corpus import make_text
 from tests.documents import README, ROOT
@@ -106,6 +107,18 @@ def test_a_block_runs(heading: str, commands: list[str], checkout: Path) -> None
     script = "\n".join(["set -euxo pipefail", 'export PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=cpu', *typed])
     done = run_to_end(["bash", "-c", script], cwd=checkout, env=os.environ, timeout=600)
     assert done.returncode == 0, f"{heading}:\n{done.stdout}"
+
+
+def test_training_commands_are_right_as_they_stand_there() -> None:
+    checked = 0
+    for _, commands in BLOCKS:
+        for command in commands:
+            words = command.split()
+            if "megatron_tied.pretrain" in words and "examples/quickstart.yaml" in words:
+                overrides = words[words.index("examples/quickstart.yaml") + 1 :]
+                assert load_config(ROOT / "examples" / "quickstart.yaml", overrides).problems(world_size=2) == []
+                checked += 1
+    assert checked
 
 
 def test_what_is_left_out_is_there() -> None:

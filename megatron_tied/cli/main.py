@@ -48,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="To train: deepspeed --module megatron_tied.pretrain --config FILE [section.field=value ...]",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(subparsers)
     args, rest = parser.parse_known_args(argv)
     # argparse takes overrides in one run only; people write them between options, too.
     if rest and not (hasattr(args, "overrides") and all("=" in item and item[0] != "-" for item in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        subparsers.choices[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
     try:

@@ -135,8 +135,12 @@ def _special(directory: Path, ids: Mapping[str, int], field: str) -> Special:
 
 def _write_sentencepiece(model_file: Path, directory: Path) -> Special:
     """tokenizer.json and its config, by which transformers gives the ids that SentencePiece gives."""
-    import tokenizers
-    from tokenizers import decoders, models, normalizers
+    try:
+        import tokenizers
+        from tokenizers import decoders, models, normalizers
+    except ImportError:
+        valid = "needs tokenizers to go with a Hugging Face model: pip install 'tokenizers>=0.22', or --tokenizer none"
+        raise ConfigError(Problem("--tokenizer", str(model_file), valid)) from None
 
     ours = SentencePieceTokenizer.load(model_file, field="--tokenizer")
     proto = ModelProto.FromString(ours.model)

@@ -56,7 +56,8 @@ class SentencePieceTokenizer:
         try:
             model = Path(path).read_bytes()
         except OSError as error:
-            valid = f"must be a SentencePiece model file ({error.strerror})"
+            kinds = "a SentencePiece model, a Hugging Face directory or its tokenizer.json, or tiktoken:NAME"
+            valid = f"must be {kinds} ({error.strerror})"
             raise ConfigError(Problem(field, str(path), valid)) from None
         return cls(model, field=field, source=str(path))
 

@@ -7,6 +7,7 @@ Types and ranges are checked when a RunConfig is made (`config_file.load_config`
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -151,10 +152,7 @@ class RunConfig(Section):
                 )
 
     def _parallel_problems(self, world_size: int) -> Iterator[Problem]:
-        started = "the number of processes"
-        if world_size == 1:  # what launchers start where nobody tells them how many
-            started += " (deepspeed --num_accelerators N and torchrun --nproc_per_node N start N)"
-        parallel, processes = self.parallel, {started: world_size}
+        parallel, processes = self.parallel, {"the number of processes": world_size}
         for name in ("pipeline_model_parallel_size", "context_parallel_size"):
             size = getattr(parallel, name)
             if size != 1:
@@ -162,7 +160,10 @@ class RunConfig(Section):
         experts = {"model.num_moe_experts": self.model.num_moe_experts, **processes}
         if self.tie.num_tied_experts:
             experts["tie.num_tied_experts"] = self.tie.num_tied_experts
-        yield from indivisible("parallel.expert_model_parallel_size", parallel.expert_model_parallel_size, experts)
+        for problem in indivisible("parallel.expert_model_parallel_size", parallel.expert_model_parallel_size, experts):
+            # A launcher that nobody tells how many starts one, where there is no GPU.
+            more = f"{problem.valid}; deepspeed --num_accelerators N and torchrun --nproc_per_node N start N processes"
+            yield replace(problem, valid=more) if world_size == 1 else problem
         if self.optimizer.name == "muon" and parallel.tensor_model_parallel_size > 1:
             valid = "must be 1 with optimizer.name: muon, which needs whole matrices"
             yield Problem("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size, valid)

@@ -140,7 +140,7 @@ def test_text_appears_as_it_is_made_and_nobody_has_to_read_all_of_it(model: Mode
         (("--prompt", "a\udcff"), r"--prompt = 'a\udcff': must be UTF-8"),
         (("--prompt", "the " * 99), f"tokens, and the model knows sequences of {LENGTH}"),
         (("--checkpoint", "/nowhere"), "--checkpoint = '/nowhere': must be a checkpoint, or a run that has one: "),
-        (("--tokenizer", "/nowhere"), "--tokenizer = '/nowhere': must be a SentencePiece model file"),
+        (("--tokenizer", "/nowhere"), "--tokenizer = '/nowhere': must be a SentencePiece model, "),
     ],
 )
 def test_bad_input(

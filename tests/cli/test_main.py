@@ -118,7 +118,7 @@ def test_bad_input_is_told_on_stderr_and_ends_with_2(
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.splitlines() == [
-        "error: 2 problems in the configuration",
+        "error: 2 problems in the input",
         "  --workers = 0: must be >= 1",
         "  --output = '': must be a path",
     ]
@@ -127,6 +127,4 @@ def test_bad_input_is_told_on_stderr_and_ends_with_2(
 def test_one_problem_is_one_line_whatever_its_value():
     stream = io.StringIO()
     tell(ConfigError(Problem("data.train", "two\nlines", "must be a path")), stream)
-    assert stream.getvalue() == (
-        "error: 1 problem in the configuration\n  data.train = 'two\\nlines': must be a path\n"
-    )
+    assert stream.getvalue() == ("error: 1 problem in the input\n  data.train = 'two\\nlines': must be a path\n")

@@ -41,8 +41,8 @@ def problems(done: Finished) -> str:
     """What was said, once, and by whom does not matter."""
     assert done.code == 2, done.output
     assert "Traceback" not in done.output, done.output
-    assert done.output.count("error: 1 problem in the configuration") == 1, done.output
-    return done.output.partition("error: 1 problem in the configuration")[2].splitlines()[1]
+    assert done.output.count("error: 1 problem in the input") == 1, done.output
+    return done.output.partition("error: 1 problem in the input")[2].splitlines()[1]
 
 
 def test_checkpoints_on_a_disk_of_the_first_node(cluster: Cluster, shared: Corpus) -> None:

@@ -83,6 +83,6 @@ def test_a_rank_tells_it_and_ends() -> None:
     ended = subprocess.run(command, cwd=ROOT, env=said, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
     assert ended.stderr.splitlines() == [
-        "error: 1 problem in the configuration",
+        "error: 1 problem in the input",
         "  WORLD_SIZE = 'many': must be a whole number of 1 or more",
     ]

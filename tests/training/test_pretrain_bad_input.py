@@ -22,7 +22,7 @@ def told(finished: Finished) -> list[str]:
     """The problems told, if they are all that was printed and the exit code is that of bad input."""
     assert finished.code == 2, finished.output
     head, *lines = finished.our_lines
-    assert re.fullmatch(rf"error: {len(lines)} problems? in the configuration", head), finished.output
+    assert re.fullmatch(rf"error: {len(lines)} problems? in the input", head), finished.output
     assert all(line.startswith("  ") for line in lines), finished.output
     return [line.strip() for line in lines]
 
