@@ -72,7 +72,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stamp in ("installed", "installed-test"):
         (copy / ".venv" / stamp).unlink(missing_ok=True)
     (copy / ".venv" / "installed").touch()
-    texts = [make_text(300, seed) for seed in range(40)]
+    # So many that a hundredth of them is left for validation.
+    texts = [make_text(60, seed) for seed in range(300)]
     (copy / "corpus").mkdir()
     (copy / "corpus" / "some.txt").write_text("\n".join(texts), encoding="utf-8")
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)

@@ -17,7 +17,8 @@ _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 @torch.no_grad()
 def initialize_weights(model: torch.nn.Module, config: TransformerConfig, seed: int) -> None:
-    """Fill every matrix of `model` from the stream of its name and every bias with zeros; norm gains stay as made.
+    """Fill every matrix of `model` from the stream of its name and every bias and sink with zeros; norm gains stay
+    as made.
 
     Methods as in Megatron-Core: `output_layer_init_method` for projections back into the residual stream,
     `embedding_init_method` for the word embedding, `init_method` for the rest.
@@ -26,7 +27,8 @@ def initialize_weights(model: torch.nn.Module, config: TransformerConfig, seed: 
     experts = {id(weight) for layer in tied_layers(model) for weight in layer.experts.parameters()}
     for name, weight in model.named_parameters():
         # Transformer Engine numbers the biases of its grouped experts: bias0, bias1, ...
-        if name.rstrip("0123456789").endswith("bias"):
+        # Attention sinks (softmax_offset) are made of whatever memory holds.
+        if name.rstrip("0123456789").endswith(("bias", "softmax_offset")):
             torch.nn.init.zeros_(weight)
         if weight.dim() < 2 or id(weight) in experts:
             continue

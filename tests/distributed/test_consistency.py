@@ -14,15 +14,15 @@ from tests.distributed.launch import launch
 
 RUNS = {
     2: [
-        *(Run(ep=2, stage=stage, steps=10) for stage in range(4)),
+        *(Run(ep=2, stage=stage, steps=6) for stage in range(4)),
         *(Run(ep=2, stage=stage, steps=6, precision="bf16") for stage in (1, 2, 3)),
         *(Run(ep=2, stage=stage, steps=4, starved=True) for stage in range(4)),
         Run(ep=1, stage=0, steps=4, starved=True),
         Run(ep=2, stage=0, steps=3, broken="clip"),
     ],
     4: [
-        *(Run(ep=2, stage=stage, steps=20) for stage in range(4)),
-        *(Run(ep=4, stage=stage, steps=10) for stage in range(4)),
+        *(Run(ep=2, stage=stage, steps=10) for stage in range(4)),
+        *(Run(ep=4, stage=stage, steps=6) for stage in range(4)),
         Run(ep=2, stage=0, steps=3, broken="clip"),
         Run(ep=2, stage=0, steps=3, broken="reduction"),
     ],

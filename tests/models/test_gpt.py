@@ -84,6 +84,15 @@ def test_attention_that_only_upstream_has_masks_without_a_mask(one_process: None
     assert torch.equal(model(tokens, positions, None), model(tokens, positions, mask))
 
 
+def test_no_weight_is_what_memory_held(one_process: None) -> None:
+    torch.use_deterministic_algorithms(True)  # memory that nobody has filled is NaN
+    try:
+        model = build(softmax_type="learnable")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()] == []
+
+
 # ---- parameters -------------------------------------------------------------------------------------------
 
 
