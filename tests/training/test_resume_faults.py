@@ -208,7 +208,8 @@ def test_a_path_says_where_a_run_begins_and_not_where_it_goes_on(config: Path, r
 
 
 def test_another_share_for_training_is_another_order(config: Path, run: Path, corpus: Corpus) -> None:
-    (line,) = told(train(config, f"train.run_dir={run}", f"data.validation={corpus.b}"))
+    line, way_out = told(train(config, f"train.run_dir={run}", f"data.validation={corpus.b}"))
+    assert way_out.startswith(f"train.run_dir = '{run}': holds that run")
     assert line.startswith("data.split = 1.0: must leave 0.9 of data.train for training, as in ")
 
 
