@@ -85,13 +85,6 @@ def load_subject(path: Path | None, overrides: Sequence[str], ranks: int, *, pre
     return config
 
 
-def vocab_size(config: RunConfig) -> int:
-    """That of a config of `load_subject`, which has read it from the tokenizer if need be. Raises `ConfigError`."""
-    if config.model.vocab_size is None:
-        raise ConfigError(Problem("model.vocab_size", None, "must be given, or else data.tokenizer"))
-    return config.model.vocab_size
-
-
 def read_opponents(names: str) -> tuple[str, ...]:
     """The contenders of a list such as `untied,huggingface`. Raises `ConfigError` for a name that is none."""
     found = tuple(dict.fromkeys(filter(None, names.split(","))))

@@ -13,7 +13,7 @@ import torch
 
 from megatron_tied.bench.comparison import Comparison
 from megatron_tied.bench.contender import Contender, elements
-from megatron_tied.bench.job import HUGGINGFACE, OF_TRANSFORMERS, TIED, Job, vocab_size
+from megatron_tied.bench.job import HUGGINGFACE, OF_TRANSFORMERS, TIED, Job
 from megatron_tied.bench.kernels import kernel_shares
 from megatron_tied.bench.machine import hardware, software
 from megatron_tied.bench.memory import PeakOfProcess, gradient_bytes, states_of, updated_elements
@@ -25,6 +25,7 @@ from megatron_tied.bench.tokens import random_batches
 from megatron_tied.bench.traffic import measure_traffic
 from megatron_tied.bench.turns import WARM_UP_STEPS, Built, build, peak_of, steps_of_a_turn, take_turns
 from megatron_tied.planner.compute import flops_per_token
+from megatron_tied.training.vocabulary import vocabulary_size
 
 # Reads weight, gradient and two states, writes weight and states, of four bytes each.
 _ADAMW_BYTES = 7 * 4
@@ -156,5 +157,5 @@ def _tokens(job: Job) -> int:
 def model_flops(job: Job, contender: str) -> int:
     """Of a step on all ranks; tying changes them only where a tied bank has more experts, and its routers with it."""
     config = job.config_of(TIED if contender == HUGGINGFACE else contender)
-    each = flops_per_token(config.model, config.topology(), config.train.seq_length, vocab_size(config))
+    each = flops_per_token(config.model, config.topology(), config.train.seq_length, vocabulary_size(config))
     return each.training * _tokens(job)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from megatron.core import parallel_state
 
-from megatron_tied.bench.job import vocab_size
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.evaluation import Batch
+from megatron_tied.training.vocabulary import vocabulary_size
 
 
 def random_batches(config: RunConfig) -> Callable[[int], list[Batch]]:
@@ -17,7 +17,7 @@ def random_batches(config: RunConfig) -> Callable[[int], list[Batch]]:
     micro_batch, length = config.train.micro_batch_size, config.train.seq_length
     accumulation = config.gradient_accumulation_steps(torch.distributed.get_world_size())
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    vocabulary = vocab_size(config)
+    vocabulary = vocabulary_size(config)
     positions, mask = torch.arange(length).expand(micro_batch, length), torch.ones(micro_batch, length)
 
     def of_step(step: int) -> list[Batch]:

@@ -18,9 +18,9 @@ from megatron_tied.convert.sources import CheckpointSource
 from megatron_tied.convert.tokenizer import NO_TOKENIZER, NO_TOKENS, Special, checked, put_tokenizer, tokenizer_files
 from megatron_tied.data.adapters import VOCABULARY, is_tiktoken
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.inference.loading import HF_FILES
 
 # Where a checkpoint keeps what only a Hugging Face model needs.
-HF_FILES = "hf"
 GENERATION_CONFIG = "generation_config.json"
 
 

@@ -71,7 +71,7 @@ class _TiedExperts(PreTrainedModel):
         self._widen_tied_layers()
         # By these saving knows which names it may leave out.
         self._tied_weights_keys = {**type(self)._tied_weights_keys, **self._tied_experts()}
-        super().post_init()  # type: ignore[no-untyped-call]
+        super().post_init()  # type: ignore[no-untyped-call]  # transformers leaves it without types
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """{follower's name: owner's name} of experts, and of the embeddings if those are tied."""

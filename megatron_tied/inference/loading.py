@@ -27,7 +27,7 @@ from megatron_tied.topology import TieConfig
 # Where an expert takes so many tokens and no more, one text's result depends on the others beside it.
 _DROPPING = ("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity")
 _EMBEDDING = "weight/embedding.word_embeddings.weight"
-_HF_FILES = "hf"  # beside a conversion's weights
+HF_FILES = "hf"  # beside a conversion's weights
 _DEFAULT_LENGTH = 2048
 
 
@@ -67,7 +67,7 @@ class TrainedModel:
         trained_with: str | None = self.run["data"].get("tokenizer")
         if trained_with and is_tiktoken(trained_with):
             return trained_with
-        places = [*([Path(trained_with)] if trained_with else []), self.path / _HF_FILES]
+        places = [*([Path(trained_with)] if trained_with else []), self.path / HF_FILES]
         return next((place for place in places if place.exists()), None)
 
 

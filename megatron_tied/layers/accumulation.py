@@ -115,7 +115,7 @@ class MarkUseSite:
         self, module: torch.nn.Module, inputs: tuple[object, ...], output: tuple[torch.Tensor, torch.Tensor | None]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The module's output, its first tensor [tokens, hidden] marked."""
-        marked: torch.Tensor = _Mark.apply(output[0], self.sites)  # type: ignore[no-untyped-call]
+        marked: torch.Tensor = _Mark.apply(output[0], self.sites)  # type: ignore[no-untyped-call]  # torch leaves apply without types
         return marked, output[1]
 
 
@@ -139,7 +139,7 @@ def grouped_linear(
     x [tokens, in], weight [experts, out, in], offsets [experts] int32: the end of each expert's run of tokens.
     Returns [tokens, out]. An expert, or the whole call, may have no tokens.
     """
-    y: torch.Tensor = _GroupedLinear.apply(x, weight, offsets, shared)  # type: ignore[no-untyped-call]
+    y: torch.Tensor = _GroupedLinear.apply(x, weight, offsets, shared)  # type: ignore[no-untyped-call]  # torch leaves apply without types
     return y
 
 

@@ -40,7 +40,7 @@ class ProjectionRMSNorm(RMSNorm):
 
 def _sum_over_ranks(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
     """A sum that every rank goes on with, and whose gradient every rank has a part of."""
-    total: torch.Tensor = _SumOverRanks.apply(x, group)  # type: ignore[no-untyped-call]
+    total: torch.Tensor = _SumOverRanks.apply(x, group)  # type: ignore[no-untyped-call]  # torch leaves apply without types
     return total
 
 
@@ -67,7 +67,7 @@ class ClippedSelfAttention(SelfAttention):
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         """As upstream; each returned tensor is clamped."""
         qkv = super().get_query_key_value_tensors(*args, **kwargs)
-        return tuple(_Clip.apply(tensor, self.qkv_clip) for tensor in qkv)  # type: ignore[no-untyped-call]
+        return tuple(_Clip.apply(tensor, self.qkv_clip) for tensor in qkv)  # type: ignore[no-untyped-call]  # torch leaves apply without types
 
 
 class _Clip(torch.autograd.Function):

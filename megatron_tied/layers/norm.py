@@ -20,7 +20,7 @@ class TorchNorm(WrappedTorchNorm):
     that, and `engine.tensor_parallel` sums them.
     """
 
-    def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> torch.nn.Module:  # type: ignore[misc]
+    def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> torch.nn.Module:  # type: ignore[misc]  # a norm of another class, as upstream's
         """Arguments as upstream: config, hidden_size, eps, ...; raises `AssertionError` for what torch cannot do."""
         plain = copy.copy(config)
         plain.sequence_parallel = False
@@ -40,7 +40,7 @@ class RMSNorm(torch.nn.RMSNorm):
         plain = x.dtype == torch.float32 == getattr(self.weight, "dtype", None) and self.eps is not None
         if x.is_cuda or not plain or x.dim() < 2 or len(self.normalized_shape) > 1:
             return super().forward(x)
-        normalised: torch.Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        normalised: torch.Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]  # torch leaves apply without types
         return normalised
 
 

@@ -17,7 +17,7 @@ def weighted_swiglu(hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     if hidden.is_cuda:
         activated = weighted_bias_swiglu_impl(hidden, None, probs.unsqueeze(-1))
     else:
-        activated = _WeightedSwiGLU.apply(hidden, probs)  # type: ignore[no-untyped-call]
+        activated = _WeightedSwiGLU.apply(hidden, probs)  # type: ignore[no-untyped-call]  # torch leaves apply without types
     return activated
 
 

@@ -342,12 +342,17 @@ class ModelConfig(BaseModel):
         return self.model_extra or {}
 
 
-def indivisible(field: str, size: int, divided: Mapping[str, int]) -> list[Problem]:
-    """A problem for each count in `divided` that `size`, the value of `field`, does not divide."""
+def indivisible(
+    field: str, size: int, divided: Mapping[str, int], hints: Mapping[str, str] | None = None
+) -> list[Problem]:
+    """A problem for each count in `divided` that `size`, the value of `field`, does not divide.
+
+    What `hints` has for a count is said behind what would be valid.
+    """
     common = math.gcd(*divided.values())
     valid = ", ".join(str(divisor) for divisor in range(1, common + 1) if common % divisor == 0)
     return [
-        Problem(field, size, f"must divide {name} = {count}; valid: {valid}")
+        Problem(field, size, f"must divide {name} = {count}; valid: {valid}{(hints or {}).get(name, '')}")
         for name, count in divided.items()
         if count % size
     ]

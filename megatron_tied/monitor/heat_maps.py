@@ -85,7 +85,8 @@ def agreement_heat_maps(
 def image(figure: Figure) -> NDArray[np.uint8]:
     """The pixels of a figure [height, width, 3]."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib's stubs leave its canvas out
+    # matplotlib leaves its canvas without types.
+    canvas.draw()  # type: ignore[no-untyped-call]
     pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
     return pixels[..., :3].copy()
 

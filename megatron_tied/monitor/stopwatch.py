@@ -27,7 +27,7 @@ class Stopwatch:
             finally:
                 self._seconds += time.perf_counter() - then
             return
-        began, ended = _event(), _event()
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         began.record()
         try:
             yield
@@ -49,7 +49,3 @@ class Stopwatch:
         while self._events and self._events[0][1].query():
             began, ended = self._events.popleft()
             self._seconds += began.elapsed_time(ended) / 1000
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)

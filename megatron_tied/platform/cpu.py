@@ -18,7 +18,7 @@ import torch
 
 def _shim_torch_cuda() -> None:
     # Router, dispatcher, experts, collectives and rotary embedding allocate on `torch.cuda.current_device()`.
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]  # as upstream takes it
 
 
 def _import_without_compiling() -> None:

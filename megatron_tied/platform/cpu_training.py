@@ -51,7 +51,7 @@ class _Stream:
 def install_shims() -> None:
     """Install every shim of this module, once."""
     # Never left: a script's whole run is inside.
-    _OnHost().__enter__()  # type: ignore[no-untyped-call]
+    _OnHost().__enter__()  # type: ignore[no-untyped-call]  # torch's has no types
     _pretend_one_device(torch.cuda)
     _load_into_new_optimizers()
     # In the wheel only from 0.17 on; before, in a script's own tree.

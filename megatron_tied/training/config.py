@@ -7,7 +7,6 @@ Types and ranges are checked when a RunConfig is made (`config_file.load_config`
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -152,7 +151,7 @@ class RunConfig(Section):
                 )
 
     def _parallel_problems(self, world_size: int) -> Iterator[Problem]:
-        parallel, processes = self.parallel, {"the number of processes": world_size}
+        parallel, processes = self.parallel, {_PROCESSES: world_size}
         for name in ("pipeline_model_parallel_size", "context_parallel_size"):
             size = getattr(parallel, name)
             if size != 1:
@@ -160,10 +159,11 @@ class RunConfig(Section):
         experts = {"model.num_moe_experts": self.model.num_moe_experts, **processes}
         if self.tie.num_tied_experts:
             experts["tie.num_tied_experts"] = self.tie.num_tied_experts
-        for problem in indivisible("parallel.expert_model_parallel_size", parallel.expert_model_parallel_size, experts):
-            # A launcher that nobody tells how many starts one, where there is no GPU.
-            more = f"{problem.valid}; deepspeed --num_accelerators N and torchrun --nproc_per_node N start N processes"
-            yield replace(problem, valid=more) if world_size == 1 else problem
+        # A launcher that nobody tells how many starts one, where there is no GPU.
+        start_more = "; deepspeed --num_accelerators N and torchrun --nproc_per_node N start N processes"
+        hints = {_PROCESSES: start_more} if world_size == 1 else None
+        size = parallel.expert_model_parallel_size
+        yield from indivisible("parallel.expert_model_parallel_size", size, experts, hints)
         if self.optimizer.name == "muon" and parallel.tensor_model_parallel_size > 1:
             valid = "must be 1 with optimizer.name: muon, which needs whole matrices"
             yield Problem("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size, valid)
@@ -237,6 +237,7 @@ def transformer_fields() -> Mapping[str, str]:
     return {**class_fields("MLATransformerConfig", *modules), "q_lora_rank": "Optional[int]"}
 
 
+_PROCESSES = "the number of processes"
 _SUPPORTED = "expert, tensor and data"
 _ONE_RANK = f"must be left out: only {_SUPPORTED} parallelism are supported"
 _UNDER_DEEPSPEED = "must be false: gradients would not reach DeepSpeed"

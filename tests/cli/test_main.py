@@ -124,6 +124,13 @@ def test_bad_input_is_told_on_stderr_and_ends_with_2(
     ]
 
 
+def test_an_unknown_option_shows_the_usage_of_its_command(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["generate", "--checkpoint", "a", "--prompt", "b", "--max-tokens", "3"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: megatron-tied generate ")
+
+
 def test_one_problem_is_one_line_whatever_its_value():
     stream = io.StringIO()
     tell(ConfigError(Problem("data.train", "two\nlines", "must be a path")), stream)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,13 @@ def test_a_model_that_normalises_or_is_no_bpe_is_refused(tmp_path: Path) -> None
         (tmp_path / "m.model").write_bytes(trained(options, texts))
         with pytest.raises(ConfigError, match=reason):
             put_tokenizer(tmp_path / "m.model", tmp_path)
+
+
+def test_without_tokenizers_none_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.model").write_bytes(train_tokenizer([make_text(400)], 300).model)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ConfigError, match=r"needs tokenizers .*pip install .*--tokenizer none"):
+        put_tokenizer(tmp_path / "m.model", tmp_path)
 
 
 def test_a_hugging_face_tokenizer_comes_back_unchanged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,11 @@ import torch
 from megatron_tied.checkpoint.manifest import Manifest
 from megatron_tied.convert import live_model
 from megatron_tied.errors import ConfigError
-from megatron_tied.inference.loading import find_model, load_model
+from megatron_tied.inference.loading import find_model, inference_config, load_model
+from megatron_tied.models.config import ModelConfig
+from megatron_tied.models.gpt import HOST_OPTIONS
 from tests.convert.hf_models import convert, load, logits, save, some_tokens
+from tests.tiny_model import FIELDS
 
 # What another host, another layout or training alone would have.
 ELSEWHERE = {
@@ -80,3 +83,12 @@ def test_a_checkpoint_that_is_not_complete(imported: Path, tmp_path: Path) -> No
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ConfigError, match=r"safetensors: is truncated"):
         find_model(imported)
+
+
+@pytest.mark.parametrize("is_latent", [True, False])
+def test_rope_that_latent_attention_fuses_for_training_alone(is_latent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Transformer Engine is."""
+    monkeypatch.setitem(HOST_OPTIONS, "apply_rope_fusion", ("Transformer Engine", lambda: True))
+    fields = {**FIELDS, "num_query_groups": FIELDS["num_attention_heads"], "qk_norm_scope": "head", "qkv_clip": None}
+    config = ModelConfig.resolve({**fields, "multi_latent_attention": is_latent, "apply_rope_fusion": True})
+    assert inference_config(config).model_extra["apply_rope_fusion"] is not is_latent

@@ -35,6 +35,13 @@ def test_with_all_of_the_probability_no_token_is_left_out() -> None:
     assert (probabilities(logits, temperature=1.0, top_p=1.0) > 0).all()
 
 
+def test_no_temperature_is_too_low() -> None:
+    logits = some_logits(2)
+    found = probabilities(logits, temperature=1e-40, top_p=1.0)
+    assert found.argmax() == logits.argmax()
+    assert found.max() == 1
+
+
 def sampler(temperature: float = 1.0, top_p: float = 0.8, seed: int = 5, vocabulary: int = VOCABULARY) -> Sampler:
     return Sampler(temperature=temperature, top_p=top_p, seed=seed, vocabulary=vocabulary)
 

@@ -491,3 +491,14 @@ def test_what_is_frozen_stays_frozen_when_a_run_goes_on(config_file: Path):
     (problem,) = resume_problems(config, saved, "step_1")
     assert str(problem).startswith("optimizer.freeze = ['norms']: must be [], as in step_1")
     assert resume_problems(config, config, "step_1") == []
+
+
+def test_one_process_may_be_one_that_nobody_asked_for(config_file: Path) -> None:
+    config = load_config(config_file, ["parallel.expert_model_parallel_size=2", "model.num_moe_experts=15"])
+    about_experts, about_processes = (str(p) for p in config.problems(1) if "expert_model" in p.field)
+    assert "model.num_moe_experts = 15" in about_experts
+    assert "--num_accelerators" not in about_experts
+    assert about_processes.endswith(
+        "valid: 1; deepspeed --num_accelerators N and torchrun --nproc_per_node N start N processes"
+    )
+    assert not any("--num_accelerators" in str(problem) for problem in config.problems(3))
