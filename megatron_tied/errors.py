@@ -1,8 +1,8 @@
-"""The one error type for bad input: which field, which value, what would be valid."""
+"""What is wrong with the input: which field, which value, what would be valid; and how a message lists names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -28,3 +28,9 @@ class ConfigError(ValueError):
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on; the message says at which step, why, and what to do. Raised on every rank alike."""
+
+
+def listed(names: Sequence[object], most: int = 8) -> str:
+    """Names for a message, not endlessly many: `node0, node1 and 30 more`."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{', '.join(map(str, names[:most]))}{more}"

@@ -15,6 +15,11 @@ CHECKPOINTS = "checkpoints"
 _TAIL_BYTES = 1 << 20  # of metrics.jsonl: its last lines
 
 
+def run_inside(directory: Path) -> Path | None:
+    """A run one directory further down, which a path that is too short may mean."""
+    return min((found.parent for found in directory.glob(f"*/{METRICS}")), default=None)
+
+
 def last_logged(directory: Path, name: str) -> dict[str, Any]:
     """The last object of metrics.jsonl that has the metric `name`; nothing without one."""
     try:

@@ -44,7 +44,7 @@ class TieConfig:
     """consecutive cuts the middle into runs of `group_size` layers; cyclic cuts it into runs of `group_size *
     block_size` layers and, within a run, ties layers i and i + `block_size`."""
     block_size: int = 1
-    """Of `pattern: cyclic`: how far apart the layers of a group are."""
+    """How far apart the layers of a group are: at least 2 with `pattern: cyclic`, else 1."""
     banks: Sequence[int] | None = None
     """An explicit map, one bank id (any integer) per MoE layer; overrides all fields above."""
     num_tied_experts: int | None = None
@@ -82,8 +82,8 @@ class TieConfig:
             ("pattern", self.pattern in ("consecutive", "cyclic"), 'must be "consecutive" or "cyclic"'),
             (
                 "block_size",
-                _is_int(self.block_size, 1) and (self.block_size == 1 or self.pattern == "cyclic"),
-                'must be an integer >= 1, and 1 unless tie.pattern is "cyclic"',
+                _is_int(self.block_size, 1) and (self.block_size > 1) == (self.pattern == "cyclic"),
+                'must be an integer >= 2 with tie.pattern "cyclic", and 1 without it',
             ),
             (
                 "banks",
@@ -247,6 +247,9 @@ class TieTopology:
         groups = " ".join(f"[{name}]" if bank.is_tied else name for bank, name in zip(self.banks, names, strict=True))
         dense = [str(layer) for layer, bank in enumerate(self.bank_of_layer) if bank is None]
         line = f"{self.num_layers} layers: {groups}"
+        if self.tie.num_tied_experts and any(map(self._has_tied_width, self.banks)):
+            which = "tied" if any(bank.is_tied for bank in self.banks) else "middle"
+            line += f"; experts of {which} banks: {self.tie.num_tied_experts}"
         if self.shares_more:
             line += f"; shared: {_SHARED[self.tie.share]}"
         return f"{line}; dense: {' '.join(dense)}" if dense else line

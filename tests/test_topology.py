@@ -122,6 +122,13 @@ def test_describe():
     assert shared.describe() == "3 layers: 0 [1 2]; shared: experts, attention, router"
     cyclic = TieConfig(group_size=2, pattern="cyclic", block_size=2, skip_first=0, skip_last=0)
     assert TieTopology.build(cyclic, 5, [1, 2, 3, 4]).describe() == "5 layers: [1 3] [2 4]; dense: 0"
+    wider = TieConfig(group_size=2, skip_first=1, skip_last=0, num_tied_experts=12, share="experts_attention")
+    described = TieTopology.build(wider, 4, [1, 2, 3]).describe()
+    assert described == "4 layers: 1 [2 3]; experts of tied banks: 12; shared: experts, attention; dense: 0"
+    narrow = TieTopology.build(TieConfig(skip_first=1, skip_last=0, num_tied_experts=12), 3)
+    assert narrow.describe() == "3 layers: 0 1 2; experts of middle banks: 12"
+    unused = TieTopology.build(TieConfig(banks=[0, 1, 2], num_tied_experts=12), 3)
+    assert unused.describe() == "3 layers: 0 1 2"
 
 
 # ---- bad input --------------------------------------------------------------------------------------------
@@ -154,6 +161,11 @@ def test_problems_name_the_field(field, value):
     problems = TieConfig(**{field: value}).problems()
     assert [problem.field for problem in problems] == [f"tie.{field}"]
     assert problems[0].value == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_cyclic_groups_of_neighbours_are_consecutive_ones() -> None:
+    (problem,) = TieConfig(group_size=2, pattern="cyclic").problems()
+    assert str(problem) == 'tie.block_size = 1: must be an integer >= 2 with tie.pattern "cyclic", and 1 without it'
 
 
 def test_all_problems_come_at_once():
@@ -220,7 +232,7 @@ def tie_configs(draw: st.DrawFn, num_moe: int) -> TieConfig:
     skip_first = draw(st.integers(0, num_moe - 1))
     skip_last = draw(st.integers(0, num_moe - 1 - skip_first))
     pattern = draw(st.sampled_from(["consecutive", "cyclic"]))
-    block_size = draw(st.integers(1, 5)) if pattern == "cyclic" else 1
+    block_size = draw(st.integers(2, 5)) if pattern == "cyclic" else 1
     largest = math.ceil((num_moe - skip_first - skip_last) / block_size)
     return TieConfig(
         group_size=draw(st.integers(1, largest)),

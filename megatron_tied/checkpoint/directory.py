@@ -7,9 +7,10 @@ import re
 import shutil
 from pathlib import Path
 
+from megatron_tied.checkpoint.manifest import NAME as MANIFEST
 from megatron_tied.checkpoint.manifest import BrokenCheckpointError
 from megatron_tied.files import sync, write_whole
-from megatron_tied.run_directory import CHECKPOINTS, METRICS
+from megatron_tied.run_directory import CHECKPOINTS, METRICS, run_inside
 
 LATEST = "latest"
 _STEP = re.compile(r"step_(\d{8,})")
@@ -109,4 +110,6 @@ def resolve(path: Path) -> Path:
             return named
     if (path / METRICS).is_file():
         raise BrokenCheckpointError(path, "is a run without a checkpoint so far")
+    if not (path / MANIFEST).exists() and (run := run_inside(path)):
+        raise BrokenCheckpointError(path, f"is no run, but {run} in it is one")
     return path

@@ -35,8 +35,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     directories: list[Path] = args.directories
+    _check(directories, args.output)
     output: Path = args.output or (directories[0] / _PAGE if len(directories) == 1 else Path(_PAGE))
-    _check(directories, output)
     histories = _read(directories)
     # With numpy and matplotlib behind them they are not for those who ask for help.
     from megatron_tied.cli.console import console
@@ -53,7 +53,7 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(directories: Sequence[Path], output: Path) -> None:
+def _check(directories: Sequence[Path], output: Path | None) -> None:
     from megatron_tied.report.history import find_problem
 
     problems = [problem for directory in directories if (problem := find_problem(directory))]
@@ -63,9 +63,9 @@ def _check(directories: Sequence[Path], output: Path) -> None:
         for place, directory in enumerate(directories)
         if resolved[place] in resolved[:place]
     ]
-    if not output.parent.is_dir():
+    if output is not None and not output.parent.is_dir():
         problems.append(Problem("--output", str(output), f"must lie in a directory that exists: {output.parent}"))
-    elif output.is_dir():
+    elif output is not None and output.is_dir():
         problems.append(Problem("--output", str(output), "must be a file, not a directory"))
     if problems:
         raise ConfigError(problems)

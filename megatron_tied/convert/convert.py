@@ -21,8 +21,7 @@ from megatron_tied.convert.precision import PRECISIONS
 from megatron_tied.convert.retied import AverageMerge, Merge, OwnerMerge, RetiedSource
 from megatron_tied.convert.self_check import TOLERANCE, compare, require_transformers
 from megatron_tied.convert.sources import CheckpointSource, WeightSource
-from megatron_tied.convert.tensors import some
-from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.errors import ConfigError, Problem, listed
 from megatron_tied.topology import TieConfig, TieTopology
 
 _Base = HuggingFaceSource | CheckpointSource
@@ -62,9 +61,9 @@ def convert(asked: Conversion, say: _Say = print) -> None:
 
 
 def _convert(asked: Conversion, say: _Say) -> None:
+    base = _open(asked)
     if asked.verify and (asked.source_format == "hf" or asked.target_format != "megatron-tied"):
         require_transformers()
-    base = _open(asked)
     for remark in base.remarks:
         say(f"warning: {remark}")
     topology = _new_topology(base, asked)
@@ -112,7 +111,7 @@ def _publish(asked: Conversion, base: _Base, source: WeightSource, pieces: _Piec
 
 def _tell_not_finite(asked: Conversion, names: list[str], say: _Say) -> None:
     precision = "" if asked.dtype == "auto" else f", or too large for --dtype {asked.dtype}"
-    told = f"has numbers that are not finite{precision}, in {some(names)}"
+    told = f"has numbers that are not finite{precision}, in {listed(names)}"
     if asked.verify:
         raise ConfigError(Problem("--input", str(asked.input), f"{told}; --no-verify converts them all the same"))
     say(f"warning: {asked.input} {told}")

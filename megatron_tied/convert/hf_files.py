@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from megatron_tied.convert.tensors import Shape, some
-from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.convert.tensors import Shape
+from megatron_tied.errors import ConfigError, Problem, listed
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -77,7 +77,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
             raise ConfigError(Problem("--input", str(path), f"cannot be read: {error}")) from None
         if twice := sorted(found.keys() & told.keys()):
             valid = (
-                f"has {some(twice)} in {path.name} and in {found[twice[0]].file.name}: which is meant cannot be told"
+                f"has {listed(twice)} in {path.name} and in {found[twice[0]].file.name}: which is meant cannot be told"
             )
             raise ConfigError(Problem("--input", str(directory), valid))
         found |= told
@@ -89,10 +89,10 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
 def _check_index(directory: Path, found: dict[str, Stored]) -> None:
     weight_map = _weight_map(directory)
     if unnamed := sorted(found.keys() - weight_map.keys()):
-        valid = f"does not name {some(unnamed)}, though a file that it names has it: make the index anew"
+        valid = f"does not name {listed(unnamed)}, though a file that it names has it: make the index anew"
         raise ConfigError(Problem("--input", str(directory / INDEX), valid))
     if wrong := sorted(name for name, file in weight_map.items() if name not in found or found[name].file.name != file):
-        valid = f"names files for {some(wrong)} that do not have them: make the index anew"
+        valid = f"names files for {listed(wrong)} that do not have them: make the index anew"
         raise ConfigError(Problem("--input", str(directory / INDEX), valid))
 
 

@@ -10,8 +10,8 @@ import torch
 
 from megatron_tied.checkpoint.manifest import BrokenCheckpointError, Manifest
 from megatron_tied.checkpoint.weights import WeightReader
-from megatron_tied.convert.tensors import EMBEDDING, KINDS, Shape, bank_name, entries, expert_shape, some
-from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.convert.tensors import EMBEDDING, KINDS, Shape, bank_name, entries, expert_shape
+from megatron_tied.errors import ConfigError, Problem, listed
 from megatron_tied.models.config import ModelConfig
 from megatron_tied.topology import TieConfig, TieTopology
 
@@ -119,9 +119,9 @@ def tensor_problems(where: Path, expected: dict[str, Shape], stored: dict[str, S
     missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     wrong = sorted(name for name in expected.keys() & stored.keys() if expected[name] != stored[name])
     if missing:
-        yield Problem("--input", str(where), f"lacks {some(missing)}, which its config asks for")
+        yield Problem("--input", str(where), f"lacks {listed(missing)}, which its config asks for")
     if extra:
-        yield Problem("--input", str(where), f"has {some(extra)}, which its config does not ask for")
+        yield Problem("--input", str(where), f"has {listed(extra)}, which its config does not ask for")
     if wrong:
         told = [f"{name} {list(stored[name])} in place of {list(expected[name])}" for name in wrong]
-        yield Problem("--input", str(where), f"has tensors of another shape than its config says: {some(told)}")
+        yield Problem("--input", str(where), f"has tensors of another shape than its config says: {listed(told)}")

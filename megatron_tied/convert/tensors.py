@@ -180,12 +180,6 @@ def count(shape: Shape) -> int:
     return math.prod(shape)
 
 
-def some(names: Sequence[str], shown: int = 4) -> str:
-    """The first of `names`, and how many there are besides, for a message."""
-    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
-    return f"{', '.join(names[:shown])}{more}"
-
-
 def _layer_rules(config: ModelConfig, *, is_moe: bool) -> Iterator[Rule]:
     yield from _NORMS
     if is_latent(config):

@@ -10,9 +10,10 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from megatron_tied.doctor.findings import Finding, Level, listed
+from megatron_tied.doctor.findings import Finding, Level
 from megatron_tied.doctor.placement import expert_groups
 from megatron_tied.doctor.world import World
+from megatron_tied.errors import listed
 from megatron_tied.exchange import gather_json
 from megatron_tied.planner.hardware import GB
 from megatron_tied.platform.host import device

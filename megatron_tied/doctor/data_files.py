@@ -9,8 +9,9 @@ from pathlib import Path
 from megatron_tied.data.adapters import vocabulary_file
 from megatron_tied.data.checks import parse_blend
 from megatron_tied.data.metadata import with_suffix
-from megatron_tied.doctor.findings import Finding, Level, differences, hosts_by_value, listed, minority
+from megatron_tied.doctor.findings import Finding, Level, differences, hosts_by_value, minority
 from megatron_tied.doctor.world import World
+from megatron_tied.errors import listed
 from megatron_tied.exchange import gather_json
 from megatron_tied.training.config import RunConfig
 

@@ -10,13 +10,14 @@ from megatron_tied.doctor.bandwidth import check_bandwidth
 from megatron_tied.doctor.clock import check_clock
 from megatron_tied.doctor.data_files import check_data_files
 from megatron_tied.doctor.disk import check_disk
-from megatron_tied.doctor.findings import Finding, Level, hosts_by_value, listed, minority
+from megatron_tied.doctor.findings import Finding, Level, hosts_by_value, minority
 from megatron_tied.doctor.limits import check_limits
 from megatron_tied.doctor.meeting import PORTS
 from megatron_tied.doctor.placement import check_placement
 from megatron_tied.doctor.shared import check_shared
 from megatron_tied.doctor.versions import check_versions
 from megatron_tied.doctor.world import World
+from megatron_tied.errors import listed
 from megatron_tied.training.config import RunConfig
 
 CONFIG = "config"

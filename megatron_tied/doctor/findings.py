@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from megatron_tied.errors import listed
+
 _T = TypeVar("_T")
 
 
@@ -49,13 +51,6 @@ def hosts_by_value(values: Mapping[str, _T]) -> dict[_T, list[str]]:
     for host, value in values.items():
         said.setdefault(value, []).append(host)
     return said
-
-
-def listed(names: Sequence[object], most: int = 8) -> str:
-    """Names for a message, not endlessly many: `node0, node1 and 30 more`."""
-    if len(names) <= most:
-        return ", ".join(map(str, names))
-    return f"{', '.join(map(str, names[:most]))} and {len(names) - most} more"
 
 
 def differences(said: Mapping[str, Sequence[str]]) -> str:

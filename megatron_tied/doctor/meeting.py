@@ -19,9 +19,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_tied.doctor.findings import Finding, Level, differences, hosts_by_value, listed
+from megatron_tied.doctor.findings import Finding, Level, differences, hosts_by_value
 from megatron_tied.doctor.world import World
-from megatron_tied.errors import ConfigError
+from megatron_tied.errors import ConfigError, listed
 from megatron_tied.exchange import Json
 from megatron_tied.platform.rendezvous import listen_on_master_address, stay_on_this_host
 from megatron_tied.training.launcher import listen_at, own_addresses

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from megatron_tied.doctor.findings import Finding, Level, listed
+from megatron_tied.doctor.findings import Finding, Level
 from megatron_tied.doctor.world import World
+from megatron_tied.errors import listed
 
 NAME = "expert groups"
 

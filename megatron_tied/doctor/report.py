@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_tied.doctor.findings import Finding, Level, has_errors, listed
+from megatron_tied.doctor.findings import Finding, Level, has_errors
+from megatron_tied.errors import listed
 
 _MARKS = {Level.OK: ("✓", "green"), Level.WARNING: ("!", "yellow"), Level.ERROR: ("✗", "red")}
 _SEVERITY = list(_MARKS)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.megatron_lm.arguments import NAMES, flag, tie_config, ties, topology_from_args
-from megatron_tied.megatron_lm.refused import REFUSED
+from megatron_tied.megatron_lm.refused import REFUSED, graph_refusal, refusal, width_misfits
 from megatron_tied.planner.pipeline import aligned_cut, boundaries, even_cut, layout_argument, straddling
 from megatron_tied.topology import TieConfig, TieTopology
 
@@ -49,7 +49,7 @@ def check_resolved(args: Namespace) -> None:
         _refuse_idle_flags(args)
         return
     topology = topology_from_args(args)
-    problems = [*_refused(args), *_too_few_experts(args, topology)]
+    problems = [*_refused(args), *_width_misfits(args, topology.tie.num_tied_experts)]
     cut = _resolved_cut(args)
     if cut is not None and straddling(topology, cut):
         problems += [_parted(args, topology, cut)] if topology.tie.pipeline == "align" else _refused_with_copies(args)
@@ -86,28 +86,22 @@ def _refuse_idle_flags(args: Namespace) -> None:
 
 
 def _refused(args: Namespace) -> Iterator[Problem]:
-    for name, reason in REFUSED.items():
+    for name in REFUSED:
         if value := getattr(args, name, None):
-            yield Problem(flag(name), value, f"cannot be used with tied experts: it {reason}")
+            yield refusal(name, value)
     if getattr(args, "cuda_graph_impl", "none") != "none":
-        valid = "must be none with tied experts: a graph would not see a follower's weights"
-        yield Problem("--cuda-graph-impl", args.cuda_graph_impl, valid)
+        yield graph_refusal(args.cuda_graph_impl)
 
 
-def _too_few_experts(args: Namespace, topology: TieTopology) -> Iterator[Problem]:
-    """What Megatron-LM checks of --num-experts, of the experts of a wider or narrower tied bank."""
-    experts = topology.tie.num_tied_experts
-    if experts is None:
-        return
-    name = flag("moe_tie_num_experts")
-    for argument in ("expert_model_parallel_size", "moe_router_num_groups"):
-        if experts % (parts := getattr(args, argument, None) or 1):
-            yield Problem(name, experts, f"must be a multiple of {flag(argument)} = {parts}")
-    if experts < args.moe_router_topk:
-        yield Problem(name, experts, f"must be at least --moe-router-topk = {args.moe_router_topk}")
-    if getattr(args, "moe_router_enable_expert_bias", False):
-        valid = "cannot be given with --moe-router-enable-expert-bias: Megatron-Core updates routers of one width"
-        yield Problem(name, experts, valid)
+def _width_misfits(args: Namespace, experts: int | None) -> Iterator[Problem]:
+    if experts is not None:
+        yield from width_misfits(
+            experts,
+            expert_parallel=args.expert_model_parallel_size,
+            router_groups=getattr(args, "moe_router_num_groups", None),
+            topk=args.moe_router_topk,
+            expert_bias=getattr(args, "moe_router_enable_expert_bias", False),
+        )
 
 
 def _refused_with_copies(args: Namespace) -> Iterator[Problem]:

@@ -17,9 +17,8 @@ _LOADS = {"expert_load": ("load/layers", "layer"), "bank_load": ("load/banks", "
 class TableImages:
     """Draws tables with what the run has told about itself so far."""
 
-    def __init__(self, description: RunDescription | None):
-        banks = () if description is None else description.topology.banks
-        self._layers = {bank.index: bank.layers for bank in banks}
+    def __init__(self, description: RunDescription):
+        self._layers = {bank.index: bank.layers for bank in description.topology.banks}
         self._chance: dict[int, float] = {}
 
     def note(self, metrics: Metrics) -> None:
@@ -28,10 +27,7 @@ class TableImages:
         self._chance |= {int(bank): value for bank, value in named}
 
     def draw(self, step: int, tables: Tables) -> Mapping[str, NDArray[np.uint8]]:
-        """Images [height, width, 3] by tag: load/layers, load/banks, agreement/groups, of those tables that are there.
-
-        Without a description, the layers of a bank are counted from 0.
-        """
+        """Images [height, width, 3] by tag, of tables that are there: load/layers, load/banks, agreement/groups."""
         # Here, because matplotlib takes a third of a second to load, and only the first rank draws.
         from megatron_tied.monitor.heat_maps import agreement_heat_maps, image, load_heat_map
 
@@ -41,7 +37,7 @@ class TableImages:
             if tables.get(name)
         }
         if matrices := tables.get("agreement"):
-            layers = {bank: self._layers.get(int(bank), range(len(matrix))) for bank, matrix in matrices.items()}
+            layers = {bank: self._layers[int(bank)] for bank in matrices}
             chance = {bank: self._chance[int(bank)] for bank in matrices if int(bank) in self._chance}
             images["agreement/groups"] = image(agreement_heat_maps(matrices, layers, chance, step))
         return images

@@ -31,7 +31,7 @@ _FILE_VERSION = "brain.Event:2"
 class TensorBoardSink:
     """Scalars and images of tables, new after step `done`; dashboards, texts and hyperparameters, once."""
 
-    def __init__(self, directory: Path, description: RunDescription | None = None, done: int = 0):
+    def __init__(self, directory: Path, description: RunDescription, done: int = 0):
         _describe(directory, description)
         self._directory = str(directory)
         self._writer: SummaryWriter | None = SummaryWriter(self._directory, flush_secs=30, purge_step=done + 1)
@@ -68,7 +68,7 @@ class TensorBoardSink:
             raise
 
 
-def _describe(directory: Path, description: RunDescription | None) -> None:
+def _describe(directory: Path, description: RunDescription) -> None:
     """Write what a run is to an event file of its own, unless the newest such file in `directory` says the same.
 
     All at step 0: TensorBoard forgets on a restart what comes after the step that is gone on with, and nothing else,
@@ -82,14 +82,12 @@ def _describe(directory: Path, description: RunDescription | None) -> None:
         _write_events(directory, f"{len(written):04d}{mark}", summaries)
 
 
-def _summaries(description: RunDescription | None) -> list[Summary]:
+def _summaries(description: RunDescription) -> list[Summary]:
     charts = {
         dashboard: {title: ["Multiline", list(tags)] for title, tags in charts.items()}
         for dashboard, charts in DASHBOARDS.items()
     }
     layout = custom_scalars(charts)
-    if description is None:
-        return [layout]
     # Not the third, which says that the session has ended.
     compared = dict.fromkeys(_COMPARED, 0.0)
     experiment, session, _ = hparams(description.hparams(), compared)

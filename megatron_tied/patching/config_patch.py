@@ -151,7 +151,7 @@ def _warnings(arguments: Arguments, request: TieRequest) -> list[Problem]:
     topology = None
     if layers and not unknown_layers(arguments):
         topology = TieTopology.build(request.tie, layers, moe_layers(moe_pattern(arguments, layers), layers))
-    return list(conflicts(arguments, topology))
+    return list(conflicts(arguments, request.tie, topology))
 
 
 def _savings(arguments: Arguments, request: TieRequest) -> tuple[Savings | None, list[str]]:

@@ -6,40 +6,53 @@ from collections.abc import Iterator
 
 from megatron_tied.errors import Problem
 from megatron_tied.megatron_lm.arguments import flag
-from megatron_tied.megatron_lm.refused import REFUSED
+from megatron_tied.megatron_lm.refused import REFUSED, graph_refusal, refusal, width_misfits
 from megatron_tied.patching.arguments import Arguments
 from megatron_tied.patching.pipeline import laid_out_by, parted_groups
-from megatron_tied.topology import TieTopology
+from megatron_tied.topology import TieConfig, TieTopology
 
 # Layers by a pattern of their own, where tie groups are counted over `--moe-layer-freq`.
 HYBRID = ("--hybrid-layer-pattern", "--hybrid-override-pattern", "--is-hybrid-model")
-_GRAPH = "captures a layer without its bank's weights; take it out"
-# What a run refuses, and the flags that Megatron-LM itself translates into `--cuda-graph-impl`.
-_REFUSED = {
-    **{flag(name): reason for name, reason in REFUSED.items()},
-    "--external-cuda-graph": _GRAPH,
-    "--enable-cuda-graph": _GRAPH,
-}
+# Megatron-LM itself translates them into `--cuda-graph-impl`.
+_GRAPHS = ("--external-cuda-graph", "--enable-cuda-graph")
 _ZERO = ("--zero-stage", "--deepspeed", "--deepspeed-config")
 _FP8 = ("--fp8-format", "--fp8")
+_DEFAULT_TOPK = 2  # of Megatron-LM
 _EDGES = (("--num-layers-at-start-in-bf16", 1), ("--num-layers-at-end-in-bf16", 1))
 
 
-def conflicts(arguments: Arguments, topology: TieTopology | None) -> Iterator[Problem]:
+def conflicts(arguments: Arguments, tie: TieConfig, topology: TieTopology | None) -> Iterator[Problem]:
     """Everything to warn about; what depends on the layers only if they are known."""
-    for name, reason in _REFUSED.items():
+    for argument in REFUSED:
+        if (name := flag(argument)) in arguments:
+            yield refusal(argument, _said(arguments, name))
+    for name in _GRAPHS:
         if name in arguments:
-            yield Problem(name, _said(arguments, name), f"cannot be used with tied experts: it {reason}")
+            valid = "cannot be used with tied experts: it captures a layer without its bank's weights; take it out"
+            yield Problem(name, _said(arguments, name), valid)
     graphs = arguments.text("--cuda-graph-impl")
     if graphs not in (None, "none"):
-        valid = "must be none with tied experts: a graph does not see the weights of another layer's bank"
-        yield Problem("--cuda-graph-impl", graphs, valid)
+        yield graph_refusal(graphs)
+    yield from _width(arguments, tie.num_tied_experts)
     yield from _recompute_under_zero(arguments)
     yield from _capacity(arguments)
     yield from _dense_prefix(arguments)
     if topology is not None:
         yield from _pipeline(arguments, topology)
         yield from _edge_layers(arguments, topology)
+
+
+def _width(arguments: Arguments, experts: int | None) -> Iterator[Problem]:
+    if experts is None:
+        return
+    topk = "--moe-router-topk"
+    yield from width_misfits(
+        experts,
+        expert_parallel=arguments.number("--expert-model-parallel-size"),
+        router_groups=arguments.number("--moe-router-num-groups"),
+        topk=arguments.number(topk) if topk in arguments else _DEFAULT_TOPK,
+        expert_bias="--moe-router-enable-expert-bias" in arguments,
+    )
 
 
 def _said(arguments: Arguments, name: str) -> object:

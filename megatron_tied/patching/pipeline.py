@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from megatron_tied.errors import listed
 from megatron_tied.patching.arguments import Arguments
 from megatron_tied.planner.pipeline import aligned_cut, boundaries, layout_argument, straddling
 from megatron_tied.topology import TieTopology
@@ -44,8 +45,7 @@ def parted_groups(arguments: Arguments, topology: TieTopology) -> str | None:
     cut = pipeline_cut(arguments, topology.num_layers)
     if cut is None or not (banks := straddling(topology, cut)):
         return None
-    parted = ", ".join(str(list(bank.layers)) for bank in banks[:_TOLD])
-    parted += f" and {len(banks) - _TOLD} more" if len(banks) > _TOLD else ""
+    parted = listed([list(bank.layers) for bank in banks], _TOLD)
     told = f"({_words(cut)}) parts the tie groups of layers {parted}"
     if topology.tie.pipeline == "allreduce":
         return f"{told}: each stage keeps a copy of their experts, and their gradients are summed"

@@ -25,8 +25,8 @@ def dominating(plan: Plan) -> str:
     part, size = max(plan.memory.parts.items(), key=lambda item: item[1])
     work, seconds = max(plan.time.seconds.items(), key=lambda item: item[1])
     return (
-        f"{part} take {gigabytes(size)} of {gigabytes(plan.memory.total)} GB; "
-        f"{work} takes {seconds / plan.time.total:.0%} of a step"
+        f"{part}, {gigabytes(size)} of {gigabytes(plan.memory.total)} GB; "
+        f"{work}, {seconds / plan.time.total:.0%} of a step"
     )
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.report.history_lines import Lines, Point, Series, Table, read_lines
-from megatron_tied.run_directory import CONFIG, METRICS, SUMMARY
+from megatron_tied.run_directory import CONFIG, METRICS, SUMMARY, run_inside
 from megatron_tied.topology import Bank, TieTopology
 
 # A run that has logged nothing for so many of its usual intervals, and at least for so many seconds, has stopped:
@@ -155,7 +155,9 @@ def find_problem(directory: Path) -> Problem | None:
     if not directory.is_dir():
         return Problem("RUN_DIR", str(directory), "must be a directory")
     if not (directory / METRICS).is_file():
-        return Problem("RUN_DIR", str(directory), f"must be the directory of a run: there is no {METRICS} in it")
+        elsewhere = f", but in {run}" if (run := run_inside(directory)) else ""
+        valid = f"must be the directory of a run: there is no {METRICS} in it{elsewhere}"
+        return Problem("RUN_DIR", str(directory), valid)
     return None
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from megatron_tied.engine.consistency import find_differences
 from megatron_tied.engine.engine import TiedMoEEngine
-from megatron_tied.errors import TrainingStopped
+from megatron_tied.errors import TrainingStopped, listed
 from megatron_tied.training.sections import TrainConfig
 
 
@@ -43,5 +43,4 @@ def check_consistency(engine: TiedMoEEngine, step: int, settings: TrainConfig) -
     if not settings.check_consistency_every or step % settings.check_consistency_every:
         return
     if differing := find_differences(engine.module):
-        shown = ", ".join(differing[:8]) + (f" and {len(differing) - 8} more" if len(differing) > 8 else "")
-        raise TrainingStopped(f"step {step}: ranks that must hold the same values do not: {shown}")
+        raise TrainingStopped(f"step {step}: ranks that must hold the same values do not: {listed(differing)}")

@@ -72,6 +72,12 @@ def test_what_a_path_means(directory: CheckpointDirectory, tmp_path: Path) -> No
     write(run, 5)
     for path in (run.path(5), run.root, tmp_path / "run"):
         assert resolve(path) == run.path(5)
+    assert resolve(tmp_path) == tmp_path
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with pytest.raises(BrokenCheckpointError, match=f"is no run, but {tmp_path}/run in it is one$"):
+        resolve(tmp_path)
+    (tmp_path / "manifest.json").touch()  # a checkpoint, whoever has trained on in it
+    assert resolve(tmp_path) == tmp_path
     (run.root / "latest").write_text("step_00000009\n")
     with pytest.raises(BrokenCheckpointError, match=r"latest: names step_00000009, which is not there$"):
         resolve(tmp_path / "run")

@@ -96,6 +96,17 @@ def test_bad_directories_are_told_all_at_once(
     assert "untied': must be given once only" in told
 
 
+def test_a_path_one_level_too_high(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    told = failing(runs[0].parent, capsys=capsys)
+    assert f"there is no metrics.jsonl in it, but in {min(runs)}" in told
+
+
+def test_what_is_no_directory_has_one_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = failing(tmp_path / "none", capsys=capsys)
+    assert "must be a directory" in told
+    assert "--output" not in told
+
+
 def test_no_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = failing(write_lines(tmp_path, []), capsys=capsys)
     assert f"RUN_DIR = '{tmp_path}': must hold metrics.jsonl with at least one metric: it has none" in told

@@ -49,7 +49,7 @@ def text(events: EventAccumulator, name: str) -> list[str]:
 
 
 def test_scalars(tmp_path):
-    with Sinks(TensorBoardSink(tmp_path)) as sinks:
+    with Sinks(TensorBoardSink(tmp_path, describe())) as sinks:
         sinks.write(3, {"loss": 2.5, "lr/experts": 0.125})
         sinks.write(6, {"loss": 1.5})
     events = read(tmp_path)
@@ -58,7 +58,7 @@ def test_scalars(tmp_path):
 
 
 def test_a_writer_that_has_failed_is_replaced(tmp_path, monkeypatch):
-    sink = TensorBoardSink(tmp_path)
+    sink = TensorBoardSink(tmp_path, describe())
     sink.write(1, {"loss": 1.0})
 
     def fail(*args: object) -> None:
@@ -74,7 +74,7 @@ def test_a_writer_that_has_failed_is_replaced(tmp_path, monkeypatch):
 
 def test_a_run_that_goes_on_forgets_what_it_had_logged_later(tmp_path):
     for done, steps in ((0, (1, 2, 3)), (1, (2,))):
-        with Sinks(TensorBoardSink(tmp_path, done=done)) as sinks:
+        with Sinks(TensorBoardSink(tmp_path, describe(), done)) as sinks:
             for step in steps:
                 sinks.write(step, {"loss": float(10 * done + step)})
                 sinks.write_tables(step, {"bank_load": {"0": [1.0, 1.0]}})
@@ -97,7 +97,7 @@ def test_images_of_tables(tmp_path):
         assert 200 < height < 400
 
 
-def drawn_agreement(monkeypatch: pytest.MonkeyPatch, directory: Path, **told: Any) -> dict[str, Any]:
+def drawn_agreement(monkeypatch: pytest.MonkeyPatch, directory: Path) -> dict[str, Any]:
     """What is asked of the drawing of agreement."""
     asked: dict[str, Any] = {}
 
@@ -106,7 +106,7 @@ def drawn_agreement(monkeypatch: pytest.MonkeyPatch, directory: Path, **told: An
         return Figure()
 
     monkeypatch.setattr("megatron_tied.monitor.heat_maps.agreement_heat_maps", draw)
-    with Sinks(TensorBoardSink(directory, **told)) as sinks:
+    with Sinks(TensorBoardSink(directory, describe())) as sinks:
         sinks.write(50, {"agreement_overlap_chance/02": 0.25, "agreement_overlap/02": 0.5, "loss": 1.0})
         sinks.write(50, {"agreement_overlap_chance/01": 0.125})
         sinks.write_tables(50, {"agreement": {"1": [[1.0, 0.5], [0.5, 1.0]], "2": [[1.0, 0.5], [0.5, 1.0]]}})
@@ -114,16 +114,12 @@ def drawn_agreement(monkeypatch: pytest.MonkeyPatch, directory: Path, **told: An
 
 
 def test_agreement_is_drawn_with_its_layers_and_chance(tmp_path, monkeypatch):
-    asked = drawn_agreement(monkeypatch, tmp_path, description=describe())
+    asked = drawn_agreement(monkeypatch, tmp_path)
     assert asked == {"layers": {"1": (1, 2), "2": (3, 4)}, "chance": {"1": 0.125, "2": 0.25}, "step": 50}
 
 
-def test_agreement_without_a_description(tmp_path, monkeypatch):
-    assert drawn_agreement(monkeypatch, tmp_path)["layers"] == {"1": (0, 1), "2": (0, 1)}
-
-
 def test_dashboards(tmp_path):
-    TensorBoardSink(tmp_path).close()
+    TensorBoardSink(tmp_path, describe()).close()
     (event,) = read(tmp_path).Tensors(LAYOUT)
     layout = Layout.FromString(event.tensor_proto.string_val[0])
     assert {

@@ -15,8 +15,8 @@ from tests.patching.test_savings import read
 TOPOLOGY = TieTopology.build(TieConfig(group_size=4), 12)  # 0 1 [2-5] [6-9] 10 11
 
 
-def warned(text: str, topology: TieTopology | None = TOPOLOGY) -> list[str]:
-    return [str(problem) for problem in conflicts(read(f"--num-layers 12 {text}"), topology)]
+def warned(text: str, topology: TieTopology | None = TOPOLOGY, tie: TieConfig = TOPOLOGY.tie) -> list[str]:
+    return [str(problem) for problem in conflicts(read(f"--num-layers 12 {text}"), tie, topology)]
 
 
 @pytest.mark.parametrize("name", validation.REFUSED)
@@ -65,6 +65,27 @@ def test_warnings(text: str, message: str) -> None:
 )
 def test_no_warnings(text: str) -> None:
     assert warned(text) == []
+
+
+@pytest.mark.parametrize(
+    ("experts", "text", "message"),
+    [
+        (6, "--expert-model-parallel-size 4", "must be a multiple of --expert-model-parallel-size = 4"),
+        (6, "--moe-router-num-groups 4", "must be a multiple of --moe-router-num-groups = 4"),
+        (6, "--moe-router-topk 8", "must be at least --moe-router-topk = 8"),
+        (1, "", "must be at least --moe-router-topk = 2"),
+        (6, "--moe-router-enable-expert-bias", "cannot be given with --moe-router-enable-expert-bias"),
+    ],
+)
+def test_the_experts_of_a_bank_must_go_with_the_routers(experts: int, text: str, message: str) -> None:
+    (told,) = warned(text, tie=TieConfig(group_size=4, num_tied_experts=experts))
+    assert told.startswith(f"--moe-tie-num-experts = {experts}: {message}")
+
+
+def test_experts_that_go_with_the_routers_and_what_is_not_known() -> None:
+    tie = TieConfig(group_size=4, num_tied_experts=6)
+    assert warned("--expert-model-parallel-size 2 --moe-router-topk 6", tie=tie) == []
+    assert warned("--expert-model-parallel-size $EP --moe-router-topk $TOPK", tie=tie) == []
 
 
 @pytest.mark.parametrize(
