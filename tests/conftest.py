@@ -42,8 +42,11 @@ def launched(one_process: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     """This process as a launcher's only rank, for an engine; Megatron-Core's global losses are as new afterwards."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, clear_aux_losses_tracker
 
+    from tests.fp16 import allow_fp16
+
     monkeypatch.setenv("LOCAL_RANK", "0")
     quiet_deepspeed(rank=1)
+    allow_fp16()
     yield
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     clear_aux_losses_tracker()

@@ -24,6 +24,7 @@ from megatron_tied.engine.groups import (
 from megatron_tied.engine.locations import locate_matrices
 from megatron_tied.engine.muon import MuonAdamW
 from megatron_tied.engine.parameter_groups import parameter_groups
+from megatron_tied.engine.precision import precision_problem
 from megatron_tied.engine.tensor_parallel import sum_partial_gradients
 from megatron_tied.engine.zero3 import with_bank_reuse
 from megatron_tied.errors import ConfigError, Problem
@@ -101,8 +102,9 @@ def _check_config(ds_config: Mapping[str, Any]) -> None:
         parallel_state.get_expert_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),
     )
-    found = engine_problems(ds_config, precision=half[0] if half else "fp32", sharded=max(sizes) > 1)
-    if problems := list(found):
+    problems = list(engine_problems(ds_config, precision=half[0] if half else "fp32", sharded=max(sizes) > 1))
+    problems += filter(None, (precision_problem(name, f"deepspeed.{name}.enabled", True) for name in half))
+    if problems:
         raise ConfigError(problems)
 
 

@@ -9,6 +9,7 @@ import torch
 from megatron_tied.engine.blocks import blocks_of, is_hidden_matrix
 from megatron_tied.engine.engine import TiedMoEEngine
 from megatron_tied.engine.exchange_blocks import BlockExchange, Run
+from megatron_tied.engine.holdings import holdings
 from megatron_tied.engine.muon import MuonAdamW
 from megatron_tied.engine.partitions import runs
 from megatron_tied.exchange import gather_json
@@ -33,7 +34,7 @@ def locate_matrices(engine: TiedMoEEngine, optimizer: MuonAdamW) -> None:
 def _exchange(engine: TiedMoEEngine, holder: torch.Tensor) -> BlockExchange:
     """A collective of the ranks that share the parameters of `holder`, once for each."""
     here = [run for run, flat in runs(engine) if flat is holder]
-    group = _group(engine, holder)
+    group = holdings(engine).spread_over(holder)
     everywhere, rank = [here], 0
     if group is not None and group.size() > 1:
         everywhere = [[Run(*run) for run in of_rank] for of_rank in gather_json(list(map(astuple, here)), group)]
@@ -46,17 +47,3 @@ def _exchange(engine: TiedMoEEngine, holder: torch.Tensor) -> BlockExchange:
         for block in blocks_of(name, getattr(parameter, "ds_shape", parameter.shape), engine.module.config)
     ]
     return BlockExchange(blocks, everywhere, group, rank, engine.device, MOST)
-
-
-def _group(engine: TiedMoEEngine, holder: torch.Tensor) -> torch.distributed.ProcessGroup | None:
-    """The ranks over which ZeRO has spread what `holder` has a part of; None: nothing is spread."""
-    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 0:
-        return None
-    if stage < 3:
-        index = next(i for i, flat in enumerate(optimizer.single_partition_of_fp32_groups) if flat is holder)
-        group: torch.distributed.ProcessGroup = optimizer.real_dp_process_group[index]
-    else:
-        index = next(i for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat) if flat is holder)
-        group = optimizer.fp16_groups[index][0].ds_process_group
-    return group

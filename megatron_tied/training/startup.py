@@ -14,6 +14,7 @@ import torch
 
 from megatron_tied.data.checks import check_data
 from megatron_tied.engine.groups import start_distributed
+from megatron_tied.engine.precision import precision_problem
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.exchange import gather_json
 from megatron_tied.files import write_whole
@@ -94,6 +95,9 @@ def _local_problems(config: RunConfig) -> list[Problem]:
     )
     wandb = config.monitor.wandb
     if wandb and torch.distributed.get_rank() == 0 and (problem := wandb_problem(wandb.model_dump())):
+        problems.append(problem)
+    precision = config.train.precision
+    if problem := precision_problem(precision, "train.precision", precision):
         problems.append(problem)
     return problems + refused_by_deepspeed(config.deepspeed)
 

@@ -14,13 +14,8 @@ from megatron_tied.checkpoint.loader import Checkpoint, load, saved_buffers
 from megatron_tied.checkpoint.manifest import Manifest
 from megatron_tied.checkpoint.rectangles import StateDict, state_dict
 from megatron_tied.engine.engine import TiedMoEEngine
-from megatron_tied.engine.partitions import (
-    WEIGHT,
-    create_optimizer_states,
-    fragments,
-    optimizer_scalars,
-    publish_weights,
-)
+from megatron_tied.engine.holdings import holdings
+from megatron_tied.engine.partitions import WEIGHT, create_optimizer_states, fragments, optimizer_scalars
 from megatron_tied.monitor.dead_experts import LastUse
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.schedule import go_to
@@ -82,7 +77,7 @@ class RunState:
             name in names and manifest.tensors[name].shape == list(state.shape) for name, state in random.items()
         )
         load({**wanted, **saved_buffers(engine.module), **(random if same else {})}, checkpoint)
-        publish_weights(engine)
+        holdings(engine).publish()
         if same:
             self._set_random_states(random)
         else:
@@ -98,7 +93,7 @@ class RunState:
         wanted = state_dict(fragments(self._engine), self._layout, saving=False)
         wanted = {name: value for name, value in wanted.items() if name.startswith(f"{WEIGHT}/")}
         load({**wanted, **saved_buffers(self._engine.module)}, checkpoint)
-        publish_weights(self._engine)
+        holdings(self._engine).publish()
 
     def _restore_trainer(self, step: int, trainer: Mapping[str, Any]) -> None:
         engine = self._engine

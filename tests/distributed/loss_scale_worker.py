@@ -14,6 +14,7 @@ from megatron_tied.layers.moe_layer import tied_layers
 from megatron_tied.training.guards import loss_scale_floor
 from tests.distributed.consistency_worker import digests
 from tests.distributed.training_run import model_parallel
+from tests.fp16 import allow_fp16
 from tests.tiny_model import build, inputs, loss
 
 INITIAL_POWER, FLOOR = 4, 4
@@ -88,6 +89,7 @@ def fall(stage: int) -> str:
 
 def main(result_file: str) -> None:
     """Stages 1 to 3; rank 0 saves what every rank found."""
+    allow_fp16()
     mine = {
         "overflow": {
             (stage, overflow.__name__): train(stage, overflow)

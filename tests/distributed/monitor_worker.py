@@ -20,6 +20,7 @@ from megatron_tied.training.loop import train_step
 from megatron_tied.training.monitoring import Monitoring
 from megatron_tied.training.run import build_engine
 from tests.distributed.training_run import full_gradients, full_weights, gather_whole, model_parallel
+from tests.fp16 import allow_fp16
 
 
 class Decisions:
@@ -131,6 +132,7 @@ def whole(model: torch.nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor
 def started() -> Iterator[None]:
     """This rank among the others."""
     start_distributed()
+    allow_fp16()
     yield
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
@@ -256,6 +257,13 @@ def test_a_schedule_keeps_the_ratios(stage):
 def test_options_that_would_untie_or_lose_gradients_are_refused(changes, field):
     with pytest.raises(ConfigError, match=rf"^deepspeed\.{re.escape(field)} = "):
         start(build(), **changes)
+
+
+def test_a_precision_that_the_host_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: None)  # as DeepSpeed says no of a CPU
+    told = r"^deepspeed\.fp16\.enabled = True: DeepSpeed does not train in fp16 on this host's cpu; use bf16 or fp32$"
+    with pytest.raises(ConfigError, match=told):
+        start(build(), stage=1, fp16={"enabled": True})
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -14,12 +14,14 @@ import torch
 
 from megatron_tied import pretrain
 from megatron_tied.training import run
+from tests.fp16 import allow_fp16
 from tests.process_groups import leave_groups
 
 
 @contextmanager
 def joined_once() -> Iterator[None]:
     """DeepSpeed keeps the group of all processes for the life of a process: it is joined here, and left at the end."""
+    allow_fp16()
     run.join_processes()
     run.join_processes = lambda: None
     leave = torch.distributed.destroy_process_group

@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 
 from megatron_tied import pretrain
+from megatron_tied.training.config_file import load_config
+from megatron_tied.training.startup import _local_problems
 from tests.training.runs import Corpus, Finished, alone_command, deepspeed_command, finish, write_config
 
 EP = "parallel.expert_model_parallel_size"
@@ -115,6 +118,16 @@ def test_vocabulary_and_length_against_the_data(config: Path, corpus: Corpus):
         assert int(found[2]) == int(found[1]) + 1
     assert re.fullmatch(r"model.vocab_size = 300: must be >= 320: \S+ holds token id 319", too_small), too_small
     assert not (config.parent / "run").exists()
+
+
+@pytest.mark.parametrize(("precision", "problems"), [("fp16", 1), ("bf16", 0), ("fp32", 0)])
+def test_a_precision_that_the_host_lacks(
+    config: Path, precision: str, problems: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: None)
+    found = _local_problems(load_config(config, [f"{EP}=1", f"train.precision={precision}"]))
+    told = "train.precision = 'fp16': DeepSpeed does not train in fp16 on this host's cpu; use bf16 or fp32"
+    assert list(map(str, found)) == [told] * problems
 
 
 def test_run_directory_that_cannot_be_made(config: Path):
