@@ -38,12 +38,16 @@ class Found(NamedTuple):
 
 def newest_sound(directory: CheckpointDirectory) -> Found:
     """Search `directory` from its newest checkpoint on; a collective."""
-    passed_over = []
+    passed_over: list[BrokenCheckpointError] = []
     try:
         on_rank_0(lambda: directory.latest() is not None)  # of interest only if it raises
     except BrokenCheckpointError as error:
         passed_over.append(error)
-    for step in on_rank_0(directory.steps):
+    try:
+        steps = on_rank_0(directory.steps)
+    except BrokenCheckpointError as error:
+        return Found(None, [*passed_over, error])
+    for step in steps:
         try:
             return Found(verified(directory.path(step)), passed_over)
         except BrokenCheckpointError as error:

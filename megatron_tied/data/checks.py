@@ -92,11 +92,13 @@ def check_data(
     cache_dir: str | Path | None,
     vocab_size: int,
     seq_length: int,
+    evaluates: bool,
 ) -> list[Problem]:
     """Every problem of a run's data, empty when it is sound. Needs one process, and no torch.
 
-    `vocab_size` and `seq_length` are the model's. A data set that Megatron's own tools made has no metadata,
-    so all its ids are read, once: the largest is remembered in the cache directory.
+    `vocab_size` and `seq_length` are the model's; a run that never `evaluates` needs no held-out samples. A data set
+    that Megatron's own tools made has no metadata, so all its ids are read, once: the largest is remembered in the
+    cache directory.
     """
     problems: list[Problem] = []
     blends: dict[str, Blend] = {}
@@ -125,7 +127,8 @@ def check_data(
             problems += found
             if data_set is not None:
                 data_sets.append(data_set)
-                problems += _length_problems(data_set, split, spans, seq_length)
+                uses = _uses(data_set.field, spans, is_split=split is not None, evaluates=evaluates)
+                problems += _length_problems(data_set, uses, split, seq_length)
     problems += _vocabulary_problems(data_sets, tokenizer, vocab_size, cache)
     return problems
 
@@ -175,11 +178,18 @@ def _open(field: str, prefix: Path) -> tuple[list[Problem], _DataSet | None]:
     return [], _DataSet(field, prefix, index, metadata)
 
 
-def _length_problems(data_set: _DataSet, split: str | None, spans: Spans, seq_length: int) -> Iterator[Problem]:
-    """Too little data for one sample, in which case Megatron-Core's index builder would not end."""
-    uses = {data_set.field: (0.0, 1.0)}
-    if split is not None:
+def _uses(field: str, spans: Spans, *, is_split: bool, evaluates: bool) -> dict[str, Span]:
+    """What samples are taken of a data set for, and from which part of its documents."""
+    uses = {field: (0.0, 1.0)}
+    if is_split:
         uses = {f"data.{use}": span for use, span in spans._asdict().items() if span[0] < span[1]}
+    return {use: span for use, span in uses.items() if evaluates or use != "data.validation"}
+
+
+def _length_problems(
+    data_set: _DataSet, uses: dict[str, Span], split: str | None, seq_length: int
+) -> Iterator[Problem]:
+    """Too little data for one sample, in which case Megatron-Core's index builder would not end."""
     lengths = data_set.index.lengths
     for use, span in uses.items():
         begin, end = (round(part * len(lengths)) for part in span)

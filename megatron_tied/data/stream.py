@@ -77,7 +77,7 @@ class Stream:
         del asked["revision"]
         return asked | {"files_sha256": self.files_sha256}
 
-    def chunks(self, after: tuple[int, ...] | None, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    def chunks(self, after: tuple[int, ...] | None) -> Iterator[Chunk]:
         """The texts from position `after` on, as JSON Lines with the key "text"; where they are cut depends on `after`.
 
         A row that has no text becomes a record without one. Raises OSError when the data set cannot be read.
@@ -89,7 +89,7 @@ class Stream:
             texts = list(_texts(value, self.request.text_key.split("."))) or [None]
             lines += [json.dumps({TEXT: text}).encode() + b"\n" for text in texts]
             size += sum(map(len, lines[-len(texts) :]))
-            if size >= chunk_bytes:
+            if size >= CHUNK_BYTES:
                 yield self._chunk(lines, start, position)
                 lines, size, start = [], 0, position
         if lines:

@@ -114,7 +114,7 @@ def build_deepspeed_config(user: Mapping[str, Any], **run: Unpack[RunValues]) ->
     """
     if problems := deepspeed_problems(user, **run):
         raise ConfigError(problems)
-    config = _without_auto(user)
+    config = without_auto(user)
     for path, value, _ in _stated_by_run(**run):
         _section(config, path)[path[-1]] = value
     config.setdefault("zero_optimization", {}).setdefault("stage", 1)
@@ -129,7 +129,7 @@ def build_deepspeed_config(user: Mapping[str, Any], **run: Unpack[RunValues]) ->
 
 def deepspeed_problems(user: Mapping[str, Any], **run: Unpack[RunValues]) -> list[Problem]:
     """Everything in a ds_config that DeepSpeed does not know, contradicts `run`, or breaks tying."""
-    stated = _without_auto(user)
+    stated = without_auto(user)
     sections = {key: stated.get(key, {}) for key in ("zero_optimization", "bf16", "fp16")}
     wrong = [key for key, section in sections.items() if not isinstance(section, Mapping)]
     if wrong:
@@ -231,10 +231,10 @@ def refused_keys(section: Mapping[str, Any], refusals: Refusals, field: str) -> 
         yield Problem(f"{field}.{key}", value, reason)
 
 
-def _without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
+def without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
     """A copy without the keys whose value is "auto"."""
     return {
-        key: _without_auto(value) if isinstance(value, Mapping) else value
+        key: without_auto(value) if isinstance(value, Mapping) else value
         for key, value in section.items()
         if value != "auto"
     }

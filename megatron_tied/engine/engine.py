@@ -56,8 +56,8 @@ class TiedMoEEngine(DeepSpeedEngine):
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
         """Backward of one micro-batch's loss, aux losses weighted like it; each bank's gradient is handed on once.
 
-        Raises `RuntimeError` if some layer of a tie group took no part in this backward pass: its bank's gradient
-        would be incomplete.
+        Raises `RuntimeError` if some layers of a tie group took part in this backward pass and others did not: their
+        bank's gradient would be incomplete.
         """
         for sites in self._use_sites:
             sites.reset()

@@ -101,7 +101,9 @@ def create_optimizer_states(engine: TiedMoEEngine, keys: Iterable[str], scalars:
                 if (key == MOMENTUM) == is_muon:
                     state.setdefault(key, torch.zeros_like(holder, memory_format=torch.contiguous_format))
             if not is_muon:
-                state |= {key: torch.tensor(value, dtype=torch.float32) for key, value in scalars.items()}
+                for key, value in scalars.items():
+                    # Fused kernels read it where the weights are.
+                    state[key] = torch.tensor(value, dtype=torch.float32, device=holder.device)
 
 
 def runs(engine: TiedMoEEngine) -> Iterator[tuple[Run, torch.Tensor]]:

@@ -31,7 +31,7 @@ class UseSites:
 
     @property
     def is_complete(self) -> bool:
-        """True when no backward pass has left some use sites out."""
+        """True when no backward pass has reached some use sites and left others out."""
         return self._arrived == 0
 
     @property

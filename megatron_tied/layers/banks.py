@@ -30,62 +30,59 @@ class ExpertBanks:
         self._owners: dict[tuple[int, str], tuple[int, torch.nn.Module]] = {}
         self._sites: dict[tuple[int, str], UseSites] = {}
 
-    def attach(self, layer: int, experts: torch.nn.Module, part: str = "experts") -> torch.nn.Module:
-        """Give `layer`'s expert module its bank; returns the owner's module (`experts` itself for an owner).
-
-        With another `part`, which names it, that module of the layer in place of its experts.
-        """
+    def attach(self, layer: int, module: torch.nn.Module, part: str = "experts") -> torch.nn.Module:
+        """Give `module`, the `part` of `layer`, its bank's Parameters; returns the owner's, itself for an owner."""
         bank = self.topology.bank(layer)
         key = bank.index, part
         # The owner again: another model is built from the same spec, with banks of its own.
         if key not in self._owners or layer <= self._owners[key][0]:
-            self._owners[key] = layer, experts
+            self._owners[key] = layer, module
             self._sites[key] = UseSites()
         owner = self._owners[key][1]
-        tie(experts, owner)
-        if isinstance(experts, GroupedExperts) and isinstance(owner, GroupedExperts):
-            experts.share_gradients_of(owner)
-            for shared in experts.shared_gradients().values():
+        tie(module, owner)
+        if isinstance(module, GroupedExperts) and isinstance(owner, GroupedExperts):
+            module.share_gradients_of(owner)
+            for shared in module.shared_gradients().values():
                 shared.use_sites += 1
                 shared.fuses = partial(self.topology.fuses_weight_gradient, bank)
         else:
             self._sites[key].use_sites += 1
-            experts.register_forward_hook(MarkUseSite(self._sites[key]))
+            module.register_forward_hook(MarkUseSite(self._sites[key]))
         return owner
 
 
-def tie(experts: torch.nn.Module, owner: torch.nn.Module) -> None:
-    """Make every Parameter of `experts` the one of the same name in `owner`."""
-    if experts is owner:
+def tie(module: torch.nn.Module, owner: torch.nn.Module) -> None:
+    """Make every Parameter of `module` the one of the same name in `owner`."""
+    if module is owner:
         return
-    for (path, follower), source in zip(experts.named_modules(), owner.modules(), strict=True):
+    for (path, follower), source in zip(module.named_modules(), owner.modules(), strict=True):
         for name, parameter in source._parameters.items():
             if f"{path}.{name}" not in _INPUT_NORM:
                 follower._parameters[name] = parameter
 
 
-def is_tied(experts: torch.nn.Module, owner: torch.nn.Module) -> bool:
-    """True when every Parameter of `experts` is the owner's."""
-    pairs = zip(experts.named_parameters(), owner.parameters(), strict=True)
+def is_tied(module: torch.nn.Module, owner: torch.nn.Module) -> bool:
+    """True when every Parameter of `module` is the owner's."""
+    pairs = zip(module.named_parameters(), owner.parameters(), strict=True)
     return all(own is shared or name in _INPUT_NORM for (name, own), shared in pairs)
 
 
-def leave_gradients_to_autograd(experts: torch.nn.Module) -> None:
+def leave_gradients_to_autograd(module: torch.nn.Module) -> None:
     """Hand on each use site's gradient as it comes, to an engine that adds up what reaches a weight more than once."""
-    if isinstance(experts, GroupedExperts):
-        for shared in experts.shared_gradients().values():
+    if isinstance(module, GroupedExperts):
+        for shared in module.shared_gradients().values():
             shared.use_sites = 1
-    for key, hook in list(experts._forward_hooks.items()):
+    for key, hook in list(module._forward_hooks.items()):
         if isinstance(hook, MarkUseSite):
-            del experts._forward_hooks[key]
+            del module._forward_hooks[key]
 
 
-def gradient_sites(experts: torch.nn.Module) -> dict[UseSites, list[torch.nn.Parameter]]:
+def gradient_sites(module: torch.nn.Module) -> dict[UseSites, list[torch.nn.Parameter]]:
     """What counts the use sites of an owner's weights in backward, each with the weights it stands for."""
-    if isinstance(experts, GroupedExperts):
-        return {shared: [weight] for weight, shared in experts.shared_gradients().items()}
-    marks = [hook for hook in experts._forward_hooks.values() if isinstance(hook, MarkUseSite)]
-    return {mark.sites: list(experts.parameters()) for mark in marks}
+    if isinstance(module, GroupedExperts):
+        return {shared: [weight] for weight, shared in module.shared_gradients().items()}
+    marks = [hook for hook in module._forward_hooks.values() if isinstance(hook, MarkUseSite)]
+    return {mark.sites: list(module.parameters()) for mark in marks}
 
 
 def describe(bank: Bank) -> str:

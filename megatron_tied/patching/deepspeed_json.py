@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_tied.engine.ds_config import engine_problems
+from megatron_tied.engine.ds_config import engine_problems, without_auto
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.patching.edits import Edit, apply_edits
 from megatron_tied.patching.json_text import Member, scan_json
@@ -65,7 +65,7 @@ def is_ds_config(config: Mapping[str, Any]) -> bool:
 
 
 def _warnings(config: Mapping[str, Any]) -> Iterator[Problem]:
-    stage = _without_auto(config).get("zero_optimization", {}).get("stage", 0)
+    stage = without_auto(config).get("zero_optimization", {}).get("stage", 0)
     if "activation_checkpointing" in config and stage != 0:
         valid = (
             f"with ZeRO {stage} reentrant recompute loses gradients of tied experts outside of this project's engine: "
@@ -75,7 +75,7 @@ def _warnings(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _problems(config: Mapping[str, Any]) -> Iterator[Problem]:
-    stated = _without_auto(config)
+    stated = without_auto(config)
     zero = stated.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         raise ConfigError(Problem("deepspeed.zero_optimization", zero, "must be an object"))
@@ -136,11 +136,3 @@ def _prove(text: str, changed: str, touched: set[tuple[str, ...]]) -> None:
 
 def _value(text: str, member: Member) -> str:
     return text[member.value_start : member.value_end]
-
-
-def _without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_auto(value) if isinstance(value, Mapping) else value
-        for key, value in section.items()
-        if value != "auto"
-    }

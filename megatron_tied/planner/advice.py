@@ -12,6 +12,8 @@ from megatron_tied.planner.plan import Plan, Subject, gigabytes
 from megatron_tied.planner.search import RECOMPUTE
 from megatron_tied.topology import TieConfig
 
+_MOST = 4
+
 
 class Change(NamedTuple):
     """One change of a config, as people write it, and the plan with it."""
@@ -30,7 +32,7 @@ def dominating(plan: Plan) -> str:
     )
 
 
-def changes(subject: Subject, tie: TieConfig, plan: Plan, most: int = 4) -> list[Change]:
+def changes(subject: Subject, tie: TieConfig, plan: Plan) -> list[Change]:
     """Single changes worth making: to a plan that does not fit those that make it, else those that are faster."""
     found = []
     for text, tied, layout in _neighbours(tie, plan.layout):
@@ -40,7 +42,7 @@ def changes(subject: Subject, tie: TieConfig, plan: Plan, most: int = 4) -> list
             continue
         if changed.fits and (not plan.fits or changed.time.total < 0.98 * plan.time.total):
             found.append(Change(text, changed))
-    return sorted(found, key=lambda change: change.plan.time.total)[:most]
+    return sorted(found, key=lambda change: change.plan.time.total)[:_MOST]
 
 
 def _neighbours(tie: TieConfig, layout: Layout) -> Iterator[tuple[str, TieConfig, Layout]]:

@@ -44,9 +44,9 @@ def free_port() -> int:
     return port
 
 
-def is_first_here(environment: Mapping[str, str] = os.environ) -> bool:
+def is_first_here() -> bool:
     """Whether this is the first rank of its host; where the launcher does not say it, every rank counts as one."""
-    local_rank = environment.get("LOCAL_RANK", "")
+    local_rank = os.environ.get("LOCAL_RANK", "")
     return not local_rank.isdecimal() or int(local_rank) == 0
 
 

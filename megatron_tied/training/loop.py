@@ -25,7 +25,7 @@ from megatron_tied.training.monitoring import Monitoring
 from megatron_tied.training.plan_check import PlanCheck
 from megatron_tied.training.progress import Progress
 from megatron_tied.training.signals import StopSignals
-from megatron_tied.training.window import Window
+from megatron_tied.training.window import Window, rates_of
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Trainer:
 
     def _train(self, step: int, batches: Iterator[Batch]) -> None:
         engine, settings = self.engine, self.config.train
-        learning_rates = {group["label"]: group["lr"] for group in engine.optimizer.param_groups}
+        learning_rates = rates_of(engine.optimizer.param_groups)
         objective = self.distillation or LossFunction(device())
         with loss_scale_floor(step), self.monitoring.watching(step):
             loss = train_step(engine, objective, batches, self.monitoring)

@@ -49,7 +49,10 @@ def choose_start(config: RunConfig) -> Start:
     It may read whole checkpoints for their checksums. Raises `ConfigError` on every rank, naming what is broken or does
     not fit, and what could be taken instead.
     """
-    start = _chosen(config)
+    try:
+        start = _chosen(config)
+    except BrokenCheckpointError as error:
+        raise ConfigError(Problem("train.run_dir", config.train.run_dir, f"cannot be read: {error}")) from None
     if config.offloads_to_nvme() and (start.checkpoint or start.weights):
         valid = "must not offload to nvme where a run goes on from a checkpoint or begins with its weights"
         raise ConfigError(Problem("deepspeed.zero_optimization", config.deepspeed["zero_optimization"], valid))

@@ -65,14 +65,18 @@ def prepare_run(config: RunConfig) -> tuple[RunConfig, Start]:
 
 
 def check_model(config: RunConfig) -> None:
-    """Raise `ConfigError` for what Megatron-Core refuses in the model section; its process groups must exist."""
+    """Raise `ConfigError` on every rank for what Megatron-Core, or some host, refuses in the model section.
+
+    Megatron-Core's process groups must exist. A collective.
+    """
+    problems: list[Problem] = []
     try:
         transformer_config(config.model, precision=config.train.precision)
+    except ConfigError as error:
+        problems += error.problems
     except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        valid = f"is refused by Megatron-Core: {error}"
-        raise ConfigError(Problem("model", config.model.model_extra, valid)) from None
+        problems.append(Problem("model", config.model.model_extra, f"is refused by Megatron-Core: {error}"))
+    _agree(problems)
 
 
 def split_argument(config: RunConfig) -> str | None:
@@ -92,6 +96,7 @@ def _local_problems(config: RunConfig) -> list[Problem]:
         cache_dir=data.cache_dir,
         vocab_size=vocabulary_size(config),
         seq_length=config.train.seq_length,
+        evaluates=bool(config.train.eval_every),
     )
     wandb = config.monitor.wandb
     if wandb and torch.distributed.get_rank() == 0 and (problem := wandb_problem(wandb.model_dump())):

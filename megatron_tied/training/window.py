@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
 
 from megatron_tied.engine.engine import TiedMoEEngine
+from megatron_tied.engine.muon import IS_MUON
 from megatron_tied.engine.partitions import state_bytes
 from megatron_tied.monitor.moe_losses import take_moe_losses
 from megatron_tied.monitor.step_time import StepTime
@@ -38,7 +40,7 @@ class Window:
         self._began = time.perf_counter()
 
     def add(self, loss: torch.Tensor, learning_rates: Mapping[str, float]) -> None:
-        """Note one step's loss on this rank, a detached scalar, and its learning rates by parameter group."""
+        """Note one step's loss on this rank, a detached scalar, and its learning rates, as `rates_of` tells them."""
         self._losses.append(loss)
         self._learning_rates = learning_rates
 
@@ -54,8 +56,8 @@ class Window:
 
         `parts` are those of the losses that were added, `lm_loss` among them; empty where they are that alone.
         loss: the training objective; lm_loss: cross entropy, and its perplexity; aux_loss, z_loss: per MoE layer,
-        without their coefficients; grad_norm: before clipping, last step; loss_scale: fp16's; lr: of the untied
-        weights, and one `lr/...` per group; tokens: seen so far; memory_gb: peak of CUDA memory on this rank, or
+        without their coefficients; grad_norm: before clipping, last step; loss_scale: fp16's; lr and
+        `lr/...`: see `rates_of`; tokens: seen so far; memory_gb: peak of CUDA memory on this rank, or
         resident memory on a CPU host, in 10^9 bytes; memory_fullest_gb: that of the rank with most; states_gb: weights
         and optimizer states; time/...: see `StepTime`; and the constants.
         """
@@ -72,8 +74,7 @@ class Window:
             "z_loss": moe.z_loss,
             "grad_norm": float(engine.get_global_grad_norm()),
             **({"loss_scale": engine.loss_scale_now()} if engine.fp16_enabled() else {}),
-            "lr": self._learning_rates["dense"],
-            **{f"lr/{label}": lr for label, lr in self._learning_rates.items()},
+            **self._learning_rates,
             "tokens": step * self._tokens_per_step,
             "tokens_per_second": steps * self._tokens_per_step / seconds,
             "step_seconds": seconds / steps,
@@ -85,6 +86,17 @@ class Window:
         }
         self._start()
         return metrics
+
+
+def rates_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The learning rates of parameter groups: each one's as `lr/...`, and as `lr` that which is divided for tied ones.
+
+    With Muon, `lr` is Muon's.
+    """
+    divided = [group for group in groups if group.get(IS_MUON, True)]
+    # A model all of whose layers are tied has no other.
+    least = min(divided, key=lambda group: group["lr_divisor"])
+    return {"lr": least["lr"] * least["lr_divisor"]} | {f"lr/{group['label']}": group["lr"] for group in groups}
 
 
 def _memory() -> dict[str, float]:

@@ -25,7 +25,7 @@ TEXTS = [make_text(100, seed) for seed in range(10)]
 
 def problems(train: Any, **changes: Any) -> list[str]:
     arguments = {"validation": None, "split": None, "tokenizer": None, "cache_dir": None}
-    arguments |= {"vocab_size": 320, "seq_length": 64}
+    arguments |= {"vocab_size": 320, "seq_length": 64, "evaluates": True}
     return [str(problem) for problem in check_data(train=train, **arguments | changes)]
 
 
@@ -188,6 +188,7 @@ def test_a_split_without_a_document_for_validation(data_set: MakeData) -> None:
         f"data.split = '98,2,0': leaves none of the 10 documents of {a} for data.validation"
     ]
     assert problems(a, split="98,0,2") == []
+    assert problems(a, split="98,2,0", evaluates=False) == []
 
 
 def test_an_empty_foreign_data_set(tmp_path: Path) -> None:

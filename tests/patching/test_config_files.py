@@ -7,6 +7,8 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -268,7 +270,17 @@ def test_recompute_under_zero_is_warned_about() -> None:
 def test_what_a_recipe_says_of_its_layers(text: str, layers: str) -> None:
     patch = patched("recipe.yaml", text)
     assert not patch.changes
-    assert f"    topology = TieTopology.build(TieConfig(group_size=2), {layers})" in patch.notes
+    moe = f"moe_layers(cfg.model.moe_layer_freq, {layers})"
+    assert f"    topology = TieTopology.build(TieConfig(group_size=2), {layers}, {moe})" in patch.notes
+
+
+def test_what_a_recipe_is_given_ties_the_layers_that_are_reported() -> None:
+    text = "model: {num_moe_experts: 8, num_layers: 9, moe_layer_freq: [0, 0, 0, 1, 1, 1, 1, 1, 1], hidden_size: 8}"
+    patch = patch_text(Path("recipe.yaml"), text, TieRequest.of({"group_size": 2, "skip_first": 1, "skip_last": 1}))
+    model = SimpleNamespace(moe_layer_freq=[0, 0, 0, 1, 1, 1, 1, 1, 1], register_pre_wrap_hook=lambda hook: None)
+    given: dict[str, Any] = {"cfg": SimpleNamespace(model=model)}
+    exec("\n".join(line.strip() for line in patch.notes if line.startswith("    ")), given)
+    assert given["topology"].describe() == "9 layers: 3 [4 5] [6 7] 8; dense: 0 1 2"
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_tied import TieConfig, parameter_groups
+from megatron_tied.engine.parameter_groups import AdamWGroups
 from megatron_tied.monitor.step_time import StepTime
 from megatron_tied.training import window as window_module
 from megatron_tied.training.config_file import parse_config
 from megatron_tied.training.evaluation import LossFunction, evaluate
 from megatron_tied.training.loop import train_step
-from megatron_tied.training.window import Window
+from megatron_tied.training.window import Window, rates_of
+from tests.tiny_model import FIELDS, build
 
 
 class Engine:
@@ -126,7 +129,7 @@ def test_speed_counts_training_alone(monkeypatch: pytest.MonkeyPatch):
     window = Window(config, Engine(), {"planned_states_gb": 2.5}, StepTime())
     for seconds in (3.0, 5.0):
         clock.now += seconds
-        window.add(torch.tensor(seconds), {"dense": 2 / seconds, "experts_lr_div_2": 1 / seconds})
+        window.add(torch.tensor(seconds), {"lr": 2 / seconds, "lr/experts_lr_div_2": 1 / seconds})
     metrics = window.close(2, {})
     assert (metrics["lm_loss"], metrics["loss"], metrics["tokens"]) == (4.0, 4.0, 400)
     assert metrics["perplexity"] == pytest.approx(math.exp(4.0))
@@ -140,6 +143,20 @@ def test_speed_counts_training_alone(monkeypatch: pytest.MonkeyPatch):
     with window.paused():
         clock.now += 60.0
     clock.now += 2.0
-    window.add(torch.tensor(1.0), {"dense": 0.5})
+    window.add(torch.tensor(1.0), {"lr": 0.5})
     metrics = window.close(3, {})
     assert (metrics["lm_loss"], metrics["tokens"], metrics["step_seconds"]) == (1.0, 600, 2.0)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("share", ["experts", "all"])
+@pytest.mark.parametrize("is_muon", [True, False])
+def test_the_learning_rate_of_a_model_all_of_whose_layers_are_tied(share: str, is_muon: bool) -> None:
+    layers = FIELDS["num_layers"]
+    model = build(TieConfig(group_size=layers, skip_first=0, skip_last=0, share=share))
+    beside = AdamWGroups(lr=3.0, weight_decay=0.0) if is_muon else None
+    rates = rates_of(parameter_groups(model, lr=1.0, beside_muon=beside))
+    assert rates["lr"] == pytest.approx(1.0)
+    assert rates[f"lr/experts_lr_div_{layers**0.5:.4g}"] == pytest.approx(layers**-0.5)
+    assert rates.get("lr/adamw") == (3.0 if is_muon else None)
+    assert ("lr/dense" in rates) == (share == "experts" or not is_muon)

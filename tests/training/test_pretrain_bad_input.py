@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from deepspeed.accelerator import get_accelerator
 
-from megatron_tied import pretrain
+from megatron_tied import ConfigError, pretrain
+from megatron_tied.training import startup
 from megatron_tied.training.config_file import load_config
-from megatron_tied.training.startup import _local_problems
+from megatron_tied.training.validation import to_json
 from tests.training.runs import Corpus, Finished, alone_command, deepspeed_command, finish, write_config
 
 EP = "parallel.expert_model_parallel_size"
@@ -125,7 +126,7 @@ def test_a_precision_that_the_host_lacks(
     config: Path, precision: str, problems: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: None)
-    found = _local_problems(load_config(config, [f"{EP}=1", f"train.precision={precision}"]))
+    found = startup._local_problems(load_config(config, [f"{EP}=1", f"train.precision={precision}"]))
     told = "train.precision = 'fp16': DeepSpeed does not train in fp16 on this host's cpu; use bf16 or fp32"
     assert list(map(str, found)) == [told] * problems
 
@@ -136,6 +137,15 @@ def test_run_directory_that_cannot_be_made(config: Path):
     (line,) = told(finish(alone_command(config, f"{EP}=1", f"train.run_dir={directory}")))
     assert line.startswith(f"train.run_dir = '{directory}': must be a directory that can be written: ")
     assert "Not a directory" in line
+
+
+@pytest.mark.usefixtures("one_process")
+def test_what_one_host_refuses_stops_all_ranks(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = to_json(("model.moe_permute_fusion", True, "needs Transformer Engine"))
+    told_by_ranks = iter([["node0", "node1"], [[], [refused]]])
+    monkeypatch.setattr(startup, "gather_json", lambda value: next(told_by_ranks))
+    with pytest.raises(ConfigError, match=r"moe_permute_fusion = True: needs Transformer Engine \(on node1\)$"):
+        startup.check_model(load_config(config, [f"{EP}=1"]))
 
 
 def test_what_megatron_core_refuses(config: Path):

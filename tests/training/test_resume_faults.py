@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 
+from megatron_tied.checkpoint.directory import CheckpointDirectory
 from megatron_tied.cli import main as cli
+from megatron_tied.errors import ConfigError
+from megatron_tied.training.config_file import load_config
+from megatron_tied.training.resume import _named, choose_start
 from tests.training.runs import Corpus, Finished, alone_command, config_values, finish, read_metrics, series
 
 STEPS, EVERY = 6, 2
@@ -292,3 +296,16 @@ def test_a_disk_that_cannot_be_written_is_found_before_training(config: Path, sm
     (line,) = told(train(config, f"train.run_dir={small_disk / 'run'}"))
     assert line.startswith(f"train.run_dir = '{small_disk / 'run'}': must be a directory that can be written: ")
     assert "Read-only file system" in line
+
+
+@pytest.mark.usefixtures("one_process")
+def test_directories_that_cannot_be_listed(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(directory: CheckpointDirectory) -> list[int]:
+        raise PermissionError(13, "Permission denied", str(directory.root))
+
+    monkeypatch.setattr(CheckpointDirectory, "steps", fail)
+    told = rf"train.run_dir = '{tmp_path}': cannot be read: \[Errno 13\] Permission denied: '{tmp_path}/checkpoints'"
+    with pytest.raises(ConfigError, match=told):
+        choose_start(load_config(config, [f"train.run_dir={tmp_path}"]))
+    with pytest.raises(ConfigError, match=rf"train.init_from = '{tmp_path}': cannot be used: .* has no manifest.json$"):
+        _named(str(tmp_path), "train.init_from")
