@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv, then runs every gate and test, two files at a time; with arguments, pytest with these, one by one.
-# No GPU needed; slow and GPU tests: -m "slow or gpu". Where it is root, it also installs what some tests need, from
-# Debian; without it those tests are skipped.
+# On the CPU, whatever GPUs there are; slow tests: -m slow. Where it is root, it also installs what some tests need,
+# from Debian; without it those tests are skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash examples/setup_venv.sh test
@@ -28,6 +28,7 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-}  # tests for GPUs: CUDA_VISIBLE_DEVICES=0 bash tests/run.sh -m gpu
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
 .venv/bin/mypy
 .venv/bin/lint-imports --no-cache --no-logo

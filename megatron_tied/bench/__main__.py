@@ -7,14 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_tied.bad_input import BAD_INPUT
 from megatron_tied.bench.job import Job
 from megatron_tied.bench.measurement import measure, measure_alone
 from megatron_tied.bench.messages import result_of, told_line
 from megatron_tied.bench.progress import Done
 from megatron_tied.bench.ranks import is_first, together
 from megatron_tied.errors import ConfigError, Problem
-
-_BAD_INPUT = 2
 
 
 def main(path: str) -> int:
@@ -25,7 +24,7 @@ def main(path: str) -> int:
             result = measure(job, _tell) if job.alone is None else measure_alone(job, job.alone)
     except ConfigError as error:
         _tell(error.problems)
-        return _BAD_INPUT
+        return BAD_INPUT
     if is_first():
         # Not among the lines of all ranks, of which a long one can be torn.
         result_of(Path(path)).write_text(json.dumps(result), encoding="utf-8")

@@ -98,7 +98,6 @@ def _examine(job: Job, contender: Contender, built: Built, seconds: list[float],
     traffic = measure_traffic(contender, gradients.during(step), job.config.topology())
     peak = peak_of(step, built.resident[contender.name])
     flops = model_flops(job, contender.name) / job.ranks / typical
-    optimizer_bytes = _ADAMW_BYTES * updated_elements(contender) / phases["optimizer"]
     states = states_of(contender, gradients.most)
     return {
         "parameters": sum(map(elements, contender.parameters.values())),
@@ -114,8 +113,15 @@ def _examine(job: Job, contender: Contender, built: Built, seconds: list[float],
         "kernels": kernel_shares(step),
         "flops_per_second": flops,
         "share_of_gemm_ceiling": flops / ceilings.flops_per_second,
-        "share_of_copy_bandwidth_in_optimizer": optimizer_bytes / ceilings.bytes_per_second,
+        "share_of_copy_bandwidth_in_optimizer": _share_of_copies(job, contender, phases["optimizer"], ceilings),
     }
+
+
+def _share_of_copies(job: Job, contender: Contender, seconds: float, ceilings: Ceilings) -> float | None:
+    """How near AdamW comes to a copy's speed; None for Muon, which mostly multiplies."""
+    if job.config.optimizer.name != "adamw":
+        return None
+    return _ADAMW_BYTES * updated_elements(contender) / seconds / ceilings.bytes_per_second
 
 
 class _MostGradients:

@@ -111,8 +111,9 @@ def _conditions(result: Result) -> Iterator[str]:
         f"ceilings of a rank, measured: {ceilings['gemm_flops_per_second'] / _GB:,.1f} GFLOP/s in a matrix product, "
         f"{ceilings['copy_bytes_per_second'] / _GB:,.1f} GB/s in a copy"
     )
-    shares = [f"{name} {row['share_of_copy_bandwidth_in_optimizer']:.0%}" for name, row in result["contenders"].items()]
-    yield f"optimizer phase, share of the copy bandwidth: {', '.join(shares)}"
+    shares = {name: row["share_of_copy_bandwidth_in_optimizer"] for name, row in result["contenders"].items()}
+    if told := [f"{name} {share:.0%}" for name, share in shares.items() if share is not None]:
+        yield f"optimizer phase, share of the copy bandwidth: {', '.join(told)}"
     where = ", ".join(machine["gpus"]) or f"{machine['processor']}, {machine['cores']} cores"
     yield f"{where}; {result['threads']} threads a rank; a MB is 10^6 bytes; memory and reductions are of one rank"
     yield ", ".join(f"{package} {version}" for package, version in result["software"].items())

@@ -54,7 +54,10 @@ class Ceilings(TypedDict):
 
 
 class Row(TypedDict):
-    """One contender. peak_memory, bank_gathers: null where they are not known, or where nothing is gathered."""
+    """One contender. peak_memory, bank_gathers: null where they are not known, or where nothing is gathered.
+
+    share_of_copy_bandwidth_in_optimizer: null for Muon.
+    """
 
     parameters: int
     first_loss: float
@@ -69,7 +72,7 @@ class Row(TypedDict):
     kernels: Kernels
     flops_per_second: float
     share_of_gemm_ceiling: float
-    share_of_copy_bandwidth_in_optimizer: float
+    share_of_copy_bandwidth_in_optimizer: float | None
 
 
 class Result(TypedDict):

@@ -7,7 +7,13 @@ from rich.console import Console
 _WIDTH = 160  # of a table that goes to a file
 
 
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        # rich's own would end the process with code 1.
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Standard output, as wide as the terminal, or wide enough for any table where there is none."""
-    terminal = Console(highlight=False)
-    return terminal if terminal.is_terminal else Console(highlight=False, width=_WIDTH)
+    terminal = _Output(highlight=False)
+    return terminal if terminal.is_terminal else _Output(highlight=False, width=_WIDTH)

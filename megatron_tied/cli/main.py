@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -38,10 +39,27 @@ _COMMANDS = (
     doctor,
     supervise,
 )
+_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns the exit code: 2 for bad input, which is told on stderr."""
+    """Runs one subcommand and returns the exit code: 2 for bad input, which is told on stderr, 130 after Ctrl-C."""
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except ConfigError as error:
+        tell(error, sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:  # nobody reads on, and nothing is to be written at the exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="megatron-tied",
         description="Pretraining of Mixture-of-Experts models whose layers share experts.",
@@ -57,12 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparsers.choices[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
-    try:
-        code: int = args.run(args)
-        return code
-    except ConfigError as error:
-        tell(error, sys.stderr)
-        return BAD_INPUT
+    code: int = args.run(args)
+    return code
 
 
 if __name__ == "__main__":

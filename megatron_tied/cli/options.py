@@ -9,6 +9,8 @@ from typing import TypeAlias
 # At runtime the class takes no parameter.
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
+_LARGEST = 1e12
+
 
 def count(text: str) -> int:
     """The value of an option: an integer of at least 1."""
@@ -23,3 +25,11 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def positive(text: str) -> float:
+    """The value of an option: a number above 0, of any size that something has."""
+    value = number(text)
+    if not 0 < value < _LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number > 0 and < {_LARGEST:g}")
+    return value

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tied.cli.options import Subparsers, count, number
+from megatron_tied.cli.options import Subparsers, count, positive
 from megatron_tied.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_tied.training.config import RunConfig
 
 _GROUP_SIZES = (1, 2, 4)
+_MOST_RANKS = 1_000_000
 # What a plan without a config file is about.
 _SEQ_LENGTH, _SEQUENCES = 4096, 1024
 
@@ -30,12 +30,12 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--config", type=Path, help="the YAML file of a run")
     parser.add_argument("--arch", help="a model preset, in place of the config's model section")
     parser.add_argument("--scale", help="the preset's size")
-    parser.add_argument("--world-size", type=count, required=True, metavar="N", help="how many ranks (GPUs)")
+    parser.add_argument("--world-size", type=_ranks, required=True, metavar="N", help="how many ranks (GPUs)")
     parser.add_argument(
         "--hardware", default="h100", metavar="NAME", help="h100 (default), h200, b200, a100, cpu, or FILE:NAME"
     )
     parser.add_argument(
-        "--gpu-memory", type=_positive, metavar="GB", help="memory per rank, 10^9 bytes; default: the hardware's"
+        "--gpu-memory", type=positive, metavar="GB", help="memory per rank, 10^9 bytes; default: the hardware's"
     )
     parser.add_argument("--imbalance", type=_at_least_one, help="tokens of the busiest rank over the mean")
     parser.add_argument("--search", action="store_true", help="try EP, ZeRO, micro-batch, group size and recompute")
@@ -92,7 +92,7 @@ def _side_by_side(args: argparse.Namespace, subject: Subject, tie: TieConfig, la
 
     named = _compared(subject, tie, layout)
     if not args.json:
-        name, plan = named[0] if subject.topology(tie) == named[0][1].topology else named[1]
+        name, plan = named[0] if _is_untied(subject, tie) else named[1]
         advice = changes(subject, tie, plan)
         console().print(comparison(named), verdict(name, plan, advice), resting_on(plan), sep="\n\n")
     return {"plans": {name: plan.to_json() for name, plan in named}}
@@ -120,11 +120,10 @@ def _compared(subject: Subject, tie: TieConfig, layout: Layout) -> list[tuple[st
     """Untied beside the configured tie groups; without any, beside those that one would try first."""
     untied = tie.untied()
     named = [("untied", subject.plan(untied, layout))]
-    topology, experts = subject.topology(tie), subject.model.num_moe_experts
-    if any(bank.is_tied for bank in topology.banks):
+    if any(bank.is_tied for bank in subject.topology(tie).banks):
         name = f"tied, g={tie.group_size}" if tie.banks is None else "tied by tie.banks"
         return [*named, (name, subject.plan(tie, layout))]
-    if any(topology.num_experts(bank, experts) != experts for bank in topology.banks):
+    if not _is_untied(subject, tie):
         return [*named, (f"untied, {tie.num_tied_experts} experts in the middle", subject.plan(tie, layout))]
     for group_size in _GROUP_SIZES[1:]:
         try:
@@ -134,19 +133,25 @@ def _compared(subject: Subject, tie: TieConfig, layout: Layout) -> list[tuple[st
     return named
 
 
+def _is_untied(subject: Subject, tie: TieConfig) -> bool:
+    """Whether every layer has a bank of its own, as wide as all others."""
+    topology, experts = subject.topology(tie), subject.model.num_moe_experts
+    return not any(bank.is_tied or topology.num_experts(bank, experts) != experts for bank in topology.banks)
+
+
+def _ranks(text: str) -> int:
+    ranks = count(text)
+    if ranks > _MOST_RANKS:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at most {_MOST_RANKS:,}")
+    return ranks
+
+
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(map(count, text.split(",")))
 
 
-def _positive(text: str) -> float:
-    value = number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number > 0")
-    return value
-
-
 def _at_least_one(text: str) -> float:
-    value = _positive(text)
+    value = positive(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be at least 1: the busiest has no less than the mean")
     return value

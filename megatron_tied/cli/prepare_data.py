@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_tied.cli.options import Subparsers
+from megatron_tied.cli.options import Subparsers, positive
 
 if TYPE_CHECKING:
     from megatron_tied.data.prepare import Prepared
@@ -44,7 +44,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--vocab-size", type=int, metavar="N", help="pieces of the tokenizer to train")
     parser.add_argument(
         "--sample-mib",
-        type=float,
+        type=positive,
         default=8,
         metavar="M",
         help="MiB of text to train the tokenizer on, sampled from all inputs; it takes some 25 times as much "

@@ -17,7 +17,7 @@ from megatron_tied.convert.hf_source import HuggingFaceSource
 from megatron_tied.convert.memory import lacking_memory
 from megatron_tied.convert.output import absolute, check_space, claimed, published, scratch
 from megatron_tied.convert.pieces import Piece, Written, total_bytes
-from megatron_tied.convert.precision import PRECISIONS
+from megatron_tied.convert.precision import NAMES, PRECISIONS
 from megatron_tied.convert.retied import AverageMerge, Merge, OwnerMerge, RetiedSource
 from megatron_tied.convert.self_check import TOLERANCE, compare, require_transformers
 from megatron_tied.convert.sources import CheckpointSource, WeightSource
@@ -123,6 +123,7 @@ def _open(asked: Conversion) -> _Base:
     if asked.source_format == "hf":
         return HuggingFaceSource(asked.input)
     base = CheckpointSource(asked.input)
+    base.check_content()
     if asked.target_format != "megatron-tied":
         base.config = base.config.model_copy(update={"max_position_embeddings": _longest(base)})
     return base
@@ -176,6 +177,8 @@ def _target(asked: Conversion, base: _Base, source: WeightSource, say: _Say) -> 
     companions = Companions.of(base, asked.tokenizer, exported=asked.target_format != "megatron-tied")
     if asked.target_format == "megatron-tied":
         run = base.manifest.run if isinstance(base, CheckpointSource) else run_of(source, asked.output)
+        if wanted is not None and not _is_trained(base):
+            run = run | {"train": run["train"] | {"precision": NAMES[wanted]}}
 
         def write_ours(source: WeightSource, written: Written, staging: Path) -> None:
             write_checkpoint(source, written, staging, run=run, imported=not _is_trained(base))
@@ -196,7 +199,10 @@ def _target(asked: Conversion, base: _Base, source: WeightSource, say: _Say) -> 
 
 def _check(source: WeightSource, staging: Path, wanted: torch.dtype | None, say: _Say) -> None:
     difference = compare(source, staging, wanted)
-    told = f"largest difference of logits on random tokens, in float32: {difference.absolute:.2e}"
+    told = (
+        "what was written against what was converted: largest difference of logits on random tokens, in float32: "
+        f"{difference.absolute:.2e}"
+    )
     if not difference.relative <= TOLERANCE:
         valid = f"{told}, {difference.relative:.1e} of the largest logit: more than {TOLERANCE}; nothing was written"
         raise ConfigError(Problem("the check of what was written", f"{difference.relative:.1e}", valid))

@@ -27,10 +27,9 @@ def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
 class ShardWriter:
     """Collects tensors into files named by `name_of(number)`, from 1, each flushed to its device."""
 
-    def __init__(self, directory: Path, name_of: Callable[[int], str], *, limit: int = LIMIT):
+    def __init__(self, directory: Path, name_of: Callable[[int], str]):
         self._directory = directory
         self._name_of = name_of
-        self._limit = limit
         self._pending: dict[str, torch.Tensor] = {}
         self._bytes = 0
         self._written: list[str] = []
@@ -40,7 +39,7 @@ class ShardWriter:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take a tensor; it is written when enough have come, at the latest by `finish`."""
         size = tensor.numel() * tensor.element_size()
-        if self._pending and self._bytes + size > self._limit:
+        if self._pending and self._bytes + size > LIMIT:
             self._flush()
         self._pending[name] = tensor.contiguous()
         self._bytes += size

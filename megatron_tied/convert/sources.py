@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from tqdm import tqdm
 
 from megatron_tied.checkpoint.manifest import BrokenCheckpointError, Manifest
 from megatron_tied.checkpoint.weights import WeightReader
@@ -66,6 +67,18 @@ class CheckpointSource:
         self.vocab_size = self._entries[EMBEDDING].shape[0]
         if problems := list(self._problems()):
             raise ConfigError(problems)
+
+    def check_content(self) -> None:
+        """Compare every file with its checksum. Raises `ConfigError` for a damaged one."""
+        files = self._reader.manifest.files
+        size = sum(file.bytes for file in files.values())
+        try:
+            with tqdm(total=size, desc="verifying", unit="B", unit_scale=True, leave=False, disable=None) as progress:
+                for name, file in files.items():
+                    self._reader.manifest.check_file(self.directory, name)
+                    progress.update(file.bytes)
+        except BrokenCheckpointError as error:
+            raise ConfigError(Problem("--input", str(self.directory), f"is not sound: {error}")) from None
 
     @property
     def directory(self) -> Path:

@@ -38,6 +38,7 @@ _SAMPLE_CHUNK_BYTES = 1 << 16
 _BYTES_WORTH_A_WORKER = 4 << 20
 # How much text an interrupted run may have to encode again.
 _SAVE_BYTES = 256 << 20
+_MOST_PIECES = 2**31 - 1  # which SentencePiece can count
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def prepare_data(
     """
     prefix = Path(output)
     _check(prefix, tokenizer, vocab_size, workers, sample_bytes)
-    given = load_tokenizer(tokenizer, field="--tokenizer") if tokenizer else None
+    given = load_tokenizer(tokenizer, field="--tokenizer") if tokenizer is not None else None
     sources = find_sources(inputs)
     check_records(sources, jsonl_key)
     total = sum(source.path.stat().st_size for source in sources)
@@ -96,7 +97,7 @@ def prepare_data(
                 bar.update(batch.disk_bytes)
         if not writer.documents:
             raise ConfigError(Problem("--input", [str(path) for path in inputs], "must hold text"))
-        model = tokenizer or with_suffix(prefix, ".model")
+        model = with_suffix(prefix, ".model") if tokenizer is None else tokenizer
         metadata = writer.finish(_seen_from(prefix, model), separator, None)
         staging.commit()
     seconds = time.monotonic() - start
@@ -159,8 +160,11 @@ def _check(
     prefix: Path, tokenizer: str | Path | None, vocab_size: int | None, workers: int | None, sample_bytes: int
 ) -> None:
     problems = []
-    if tokenizer is None and (vocab_size is None or vocab_size < 1):
-        problems.append(Problem("--vocab-size", vocab_size, "must be an integer >= 1 to train a tokenizer"))
+    if tokenizer is None and not 1 <= (vocab_size or 0) <= _MOST_PIECES:
+        valid = f"must be an integer of 1 to {_MOST_PIECES:,} to train a tokenizer"
+        problems.append(Problem("--vocab-size", vocab_size, valid))
+    if tokenizer == "":
+        problems.append(Problem("--tokenizer", "", "must be a file, a directory, or tiktoken:NAME"))
     if tokenizer is not None and vocab_size is not None:
         valid = "must be left out with --tokenizer, which has a vocabulary"
         problems.append(Problem("--vocab-size", vocab_size, valid))

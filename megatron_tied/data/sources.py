@@ -104,10 +104,12 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     """
     sources: list[Source] = []
     problems = []
-    for given in map(Path, inputs):
+    for named in inputs:
+        given = Path(named)
         found = list(_walk(given)) if given.is_dir() else [Source(given)] if given.is_file() else None
-        if found is None:
-            problems.append(Problem("--input", str(given), "must be an existing file or directory"))
+        # Of an empty name Path makes the working directory.
+        if found is None or not str(named):
+            problems.append(Problem("--input", str(named), "must be an existing file or directory"))
         elif not found:
             valid = f"must hold at least one text file ({', '.join(sorted(TREE_SUFFIXES))}, also .gz or .zst)"
             problems.append(Problem("--input", str(given), valid))

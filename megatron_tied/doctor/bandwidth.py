@@ -40,7 +40,8 @@ def check_bandwidth(world: World, expert_parallel: int | None) -> list[Finding]:
     if ranks == 1:
         return [Finding(NAME, Level.OK, "one rank: nothing to measure")]
     findings = []
-    if (size := expert_parallel or ranks) > 1:
+    size = expert_parallel or ranks
+    if size > 1 and ranks % size == 0:  # else there are no such groups here
         groups = expert_groups(ranks, size)
         made = [dist.new_group(list(group)) for group in groups]
         seconds = _measure(_all_to_all(made[world.rank // size]), made[world.rank // size])

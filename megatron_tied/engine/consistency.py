@@ -9,6 +9,8 @@ from megatron_tied.engine.groups import is_expert_parallel
 from megatron_tied.exchange import gather_json
 from megatron_tied.layers.tensor_parallel import is_tensor_parallel
 
+_AT_ONCE = 1 << 22  # words of 4 bytes, for which 16 bytes each are taken meanwhile
+
 
 @torch.no_grad()
 def find_differences(model: torch.nn.Module) -> list[str]:
@@ -50,6 +52,10 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
     """Two int64 sums over a tensor's bits, one of them weighted by position: [2]. Any single flipped bit changes it."""
     bits = tensor.detach().contiguous().flatten().view(torch.uint8)
     padding = -bits.numel() % 4
-    words = torch.nn.functional.pad(bits, (0, padding)).view(torch.int32).to(torch.int64)
-    weights = torch.arange(1, words.numel() + 1, device=words.device)
-    return torch.stack([words.sum(), (words * weights).sum()])
+    words = torch.nn.functional.pad(bits, (0, padding)).view(torch.int32)
+    sums = torch.zeros(2, dtype=torch.int64, device=words.device)
+    for number, part in enumerate(words.split(_AT_ONCE)):
+        numbers = part.to(torch.int64)
+        positions = torch.arange(1, len(part) + 1, device=words.device).add_(number * _AT_ONCE)
+        sums += torch.stack([numbers.sum(), numbers.mul_(positions).sum()])
+    return sums

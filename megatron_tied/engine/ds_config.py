@@ -201,6 +201,8 @@ def engine_problems(ds_config: Mapping[str, Any], *, precision: str, sharded: bo
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         yield Problem(f"{field}.stage", stage, "must be 0, 1, 2 or 3")
+    elif isinstance(stage, int):
+        yield from _idle_offloads(zero, stage)
     if sharded:
         yield from refused_keys(zero, _REFUSED_ZERO_WITH_EXPERT_GROUPS, field)
     if stage == 0 and precision != "fp32":
@@ -209,6 +211,16 @@ def engine_problems(ds_config: Mapping[str, Any], *, precision: str, sharded: bo
             "optimizer for it leaves expert parallel gradients out of the norm it clips by"
         )
         yield Problem(f"{field}.stage", stage, valid)
+
+
+def _idle_offloads(zero: Mapping[str, Any], stage: int) -> Iterator[Problem]:
+    """Offloads that DeepSpeed passes over at this stage."""
+    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        section = zero.get(key)
+        device = section.get("device") if isinstance(section, Mapping) else None
+        if stage < least and device not in (None, "none"):
+            field = f"deepspeed.zero_optimization.{key}.device"
+            yield Problem(field, device, f"has no effect at ZeRO stage {stage}: needs stage {least} or higher")
 
 
 def _zero_keys() -> Set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
 
 import deepspeed
@@ -17,8 +18,14 @@ from megatron_tied.platform.rendezvous import listen_on_master_address, stay_on_
 
 
 def start_distributed() -> None:
-    """Start torch.distributed, and DeepSpeed's communication on top of it, each unless somebody has."""
+    """Start torch.distributed, and DeepSpeed's communication on top of it, each unless somebody has.
+
+    From here on this rank's GPU is the one that the launcher has for it.
+    """
     skip_inference_kernel()
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        # Models are built, and generators seeded, before DeepSpeed's engine would see to it.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store = None
     if not torch.distributed.is_initialized():
         stay_on_this_host()

@@ -88,6 +88,8 @@ def _read(argument: str, found: TrainedModel, tokenizer: Tokenizer | None, max_t
 
 def _named(argument: str) -> tuple[str, Path]:
     name, is_named, prefix = argument.partition("=")
+    if (is_named and not prefix) or not argument:
+        raise ValueError("must be PREFIX or NAME=PREFIX")
     if is_named and name and "/" not in name:
         return name, Path(prefix)
     return Path(argument).name, Path(argument)

@@ -160,7 +160,8 @@ def _use_device(device: str | None) -> None:
         return
     if not device.startswith("cuda"):
         raise ConfigError(Problem("--device", device, "must be a GPU on a host that has some"))
-    torch.cuda.set_device(device)
+    if torch.device(device).index is not None:  # "cuda": the one at hand
+        torch.cuda.set_device(device)
 
 
 def _cut(text: str, setting: dict[str, Any]) -> str:

@@ -74,9 +74,10 @@ def _held_out_loss(
     micro_batch_size: int,
     advance: Callable[[int], object],
 ) -> HeldOutLoss:
-    rank = parallel_state.get_data_parallel_rank()
-    together = micro_batch_size * parallel_state.get_data_parallel_world_size()
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     windows = domain.windows(seq_length)
+    micro_batch_size = min(micro_batch_size, -(-windows // ranks))
+    together = micro_batch_size * ranks
     total = torch.zeros(2, dtype=torch.float64, device=device())
     # As many on every rank, whose experts the others need, even where its windows lie beyond the end.
     for first in range(0, windows, together):

@@ -33,10 +33,10 @@ def probabilities(logits: torch.Tensor, *, temperature: float, top_p: float) -> 
 
     [vocabulary] in float32. Source: nucleus sampling (arXiv:1904.09751).
     """
-    logits = logits.float()
-    # Below 0, so that no temperature is too small to divide by.
+    logits = logits.double()
+    # Below 0, and in float64, so that no temperature is too small to divide by.
     ordered, order = ((logits - logits.max()) / temperature).softmax(-1).sort(descending=True)
     # With 1 all stay, though sums may round to 1 before the last.
     needed = (ordered.cumsum(-1) - ordered < top_p) | (top_p == 1)
     kept = torch.zeros_like(ordered).scatter(-1, order, ordered * needed)
-    return kept / kept.sum()
+    return (kept / kept.sum()).float()

@@ -6,6 +6,7 @@ import torch
 
 # What a number of tokens is filled up to on a CPU with 16 bits.
 BLOCK = 64
+_ALIGNMENT = 16  # bytes
 
 
 def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -15,7 +16,12 @@ def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.T
     """
     if needs_few_shapes(rows):
         return _by_blocks(rows, matrices, offsets)
-    return torch.nn.functional.grouped_mm(rows, matrices, offs=offsets)
+    return torch.nn.functional.grouped_mm(rows, aligned(matrices) if matrices.is_cuda else matrices, offs=offsets)
+
+
+def aligned(matrices: torch.Tensor) -> torch.Tensor:
+    """The same, where CUDA's kernels take it from: a copy of what ZeRO 3 keeps at an odd place of a flat tensor."""
+    return matrices.clone() if matrices.data_ptr() % _ALIGNMENT else matrices
 
 
 def needs_few_shapes(tensor: torch.Tensor) -> bool:

@@ -20,8 +20,8 @@ from megatron_tied.patching.request import TIE_FLAGS, TieRequest
 from megatron_tied.patching.savings import Savings, savings
 from megatron_tied.patching.shell import ANCHOR, ShellFile, read_shell
 from megatron_tied.patching.shell_words import scan_arguments, scan_script
-from megatron_tied.patching.yaml_files import read_yaml
-from megatron_tied.topology import TieTopology, moe_layers
+from megatron_tied.patching.yaml_files import is_run_config, read_yaml
+from megatron_tied.topology import TieConfig, TieTopology, moe_layers
 
 _MARK = "\ufeff"  # with which some editors begin a file
 YAML_CFG = "--yaml-cfg"
@@ -76,9 +76,10 @@ def _shell(path: Path, text: str, file: ShellFile, request: TieRequest, launcher
         return _launched_with_yaml(path, text, file, launcher)
     found = _tie_flags(file.arguments)
     edits = file.edits(request.missing_from(found), launcher)
-    saved, notes = _savings(file.arguments, request)
+    tie = request.tie_of(found)
+    saved, notes = _savings(file.arguments, tie)
     notes += _launcher_notes(file, launcher)
-    return ConfigPatch(text, apply_edits(text, edits), saved, notes, _warnings(file.arguments, request), bool(found))
+    return ConfigPatch(text, apply_edits(text, edits), saved, notes, _warnings(file.arguments, tie), bool(found))
 
 
 def _launched_with_yaml(path: Path, text: str, file: ShellFile, launcher: bool) -> ConfigPatch:
@@ -93,17 +94,18 @@ def _launched_with_yaml(path: Path, text: str, file: ShellFile, launcher: bool) 
 
 
 def _check_started(launches: Sequence[Launch]) -> None:
-    """Raise ConfigError if nothing that a script starts can know our flags."""
+    """Raise ConfigError if nothing that a script starts can know our flags, or something that gets them cannot."""
     name = launches[0].name
+    by_deepspeed = [launch.name for launch in launches if launch.by_deepspeed]
     if all(launch.converts for launch in launches):
         valid = "converts a checkpoint and trains nothing: must be a script that Megatron-LM's flags train with"
         raise ConfigError(Problem("FILE", name, valid))
-    if all(launch.by_deepspeed for launch in launches):
+    if by_deepspeed:
         valid = (
             "is started by deepspeed, and Megatron-DeepSpeed does not know the flags of tied experts: train with "
             "deepspeed --module megatron_tied.pretrain --config FILE"
         )
-        raise ConfigError(Problem("FILE", name, valid))
+        raise ConfigError(Problem("FILE", by_deepspeed[0], valid))
 
 
 def _launcher_notes(file: ShellFile, launcher: bool) -> list[str]:
@@ -119,15 +121,19 @@ def _launcher_notes(file: ShellFile, launcher: bool) -> list[str]:
 
 
 def _yaml(path: Path, text: str, request: TieRequest, launcher: bool) -> ConfigPatch:
+    if is_run_config(text):
+        valid = "is a run config of this package, which ties by its own section: write `tie: {group_size: 4}` into it"
+        raise ConfigError(Problem("FILE", str(path), valid))
     file = read_yaml(text)
     if file is None:
         raise ConfigError(Problem("FILE", str(path), _NO_EXPERTS.format(f"{ANCHOR} or num_moe_experts")))
-    saved, notes = _savings(file.arguments, request)
-    warnings = _warnings(file.arguments, request)
+    found = _tie_flags(file.arguments)
+    tie = request.tie_of(found)
+    saved, notes = _savings(file.arguments, tie)
+    warnings = _warnings(file.arguments, tie)
     if file.kind == "bridge":
         notes += lines_for_recipe(request.tie, file.arguments.number("--num-layers"))
         return ConfigPatch(text, text, saved, notes, warnings)
-    found = _tie_flags(file.arguments)
     wanted = request.missing_from(found)
     keys = wanted if file.kind == "flags" or not wanted else request.keys()
     after = apply_edits(text, file.edits(keys))
@@ -145,16 +151,16 @@ def _deepspeed(text: str, request: TieRequest) -> ConfigPatch:
     return ConfigPatch(text, file.changed, None, notes, file.warnings)
 
 
-def _warnings(arguments: Arguments, request: TieRequest) -> list[Problem]:
+def _warnings(arguments: Arguments, tie: TieConfig) -> list[Problem]:
     """What conflicts with tied experts. Raises ConfigError if the tie groups do not fit the layers."""
     layers = arguments.number("--num-layers")
     topology = None
     if layers and not unknown_layers(arguments):
-        topology = TieTopology.build(request.tie, layers, moe_layers(moe_pattern(arguments, layers), layers))
-    return list(conflicts(arguments, request.tie, topology))
+        topology = TieTopology.build(tie, layers, moe_layers(moe_pattern(arguments, layers), layers))
+    return list(conflicts(arguments, tie, topology))
 
 
-def _savings(arguments: Arguments, request: TieRequest) -> tuple[Savings | None, list[str]]:
+def _savings(arguments: Arguments, tie: TieConfig) -> tuple[Savings | None, list[str]]:
     """What tying saves, or a note on why that is not said."""
     if hybrid := next((name for name in HYBRID if name in arguments), None):
         return None, [f"what tying saves is not counted: {hybrid} makes another model"]
@@ -162,7 +168,7 @@ def _savings(arguments: Arguments, request: TieRequest) -> tuple[Savings | None,
         told = "; ".join(why_missing(arguments, name) for name in lacking)
         return None, [f"what tying saves is not known: {told}"]
     try:
-        return savings(derive(arguments), request.tie, arguments), []
+        return savings(derive(arguments), tie, arguments), []
     except ConfigError as error:
         return None, [f"what tying saves is not counted: {error}"]
 

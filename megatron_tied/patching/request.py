@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.megatron_lm.arguments import NAMES, flag
+from megatron_tied.megatron_lm.arguments import NAMES, add_tie_arguments, flag, tie_config
 from megatron_tied.topology import TieConfig
 
 GROUP_SIZE = 4  # where the user gives none
@@ -42,6 +43,16 @@ class TieRequest:
     def keys(self) -> dict[str, str]:
         """The keys to write and their values, as YAML."""
         return {NAMES[name]: _scalar(getattr(self.tie, name)) for name in self.stated}
+
+    def tie_of(self, found: Mapping[str, str | None]) -> TieConfig:
+        """The tie groups of a file that has the flags `found`: its own, if they are known, else those asked for."""
+        if not found or None in found.values():
+            return self.tie
+        parser = add_tie_arguments(ArgumentParser(exit_on_error=False))
+        try:
+            return tie_config(parser.parse_args([f"{name}={value}" for name, value in found.items()]))
+        except ArgumentError as error:
+            raise ConfigError(Problem(error.argument_name or "", None, error.message)) from None
 
     def missing_from(self, found: Mapping[str, str | None]) -> dict[str, str]:
         """The flags that a file lacks which has `found` already; None: a value that cannot be known.

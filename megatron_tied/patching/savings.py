@@ -83,12 +83,13 @@ def _amount(derived: DerivedModel, topology: TieTopology, arguments: Arguments) 
     whole = [tensor for tensor in model_tensors(model, topology, vocabulary) if _counts(tensor, derived)]
     of_ranks = [_on_rank(stage, derived) for stage in _stages(derived, topology, arguments)]
     experts = max(elements for elements, _ in of_ranks)
-    rank_bytes = max(_state_bytes(*elements, derived) for elements in of_ranks)
+    width = _gradient_width(derived, arguments)
+    rank_bytes = max(_state_bytes(*elements, derived, width) for elements in of_ranks)
     return Amount(
         experts=sum(tensor.numel * tensor.copies for tensor in whole if tensor.bank is not None),
         total=sum(tensor.numel * tensor.copies for tensor in whole),
         rank_bytes=rank_bytes,
-        traffic=_gradient_traffic(experts, derived, arguments),
+        traffic=_gradient_traffic(experts, derived, width),
     )
 
 
@@ -128,11 +129,22 @@ def _on_rank(tensors: Sequence[Tensor], derived: DerivedModel) -> tuple[int, int
     return experts // derived.expert_tensor_parallel, others
 
 
-def _state_bytes(experts: int, others: int, derived: DerivedModel) -> int:
-    """Weights, fp32 gradients, and the optimizer's fp32 weights and two moments, which data parallel ranks divide."""
+def _gradient_width(derived: DerivedModel, arguments: Arguments) -> int:
+    """Bytes of a gradient in Megatron-LM's buffers, where it is also sent from."""
+    match derived.layout.precision:
+        case "bf16":
+            return 2 if "--grad-reduce-in-bf16" in arguments else _FP32
+        case "fp16":
+            return _FP32 if "--accumulate-allreduce-grads-in-fp32" in arguments else 2
+        case _:
+            return _FP32
+
+
+def _state_bytes(experts: int, others: int, derived: DerivedModel, gradient_width: int) -> int:
+    """Weights, gradients, and the optimizer's fp32 weights and two moments, which data parallel ranks divide."""
     layout = derived.layout
     mixed = layout.precision != "fp32"
-    kept = layout.width + _FP32
+    kept = layout.width + gradient_width
     optimizer = (3 if mixed else 2) * _FP32
     expert_ranks = _expert_data_parallel(derived) if layout.zero_stage else 1
     dense_ranks = layout.data_parallel if layout.zero_stage else 1
@@ -143,9 +155,8 @@ def _expert_data_parallel(derived: DerivedModel) -> int:
     return max(1, derived.layout.expert_data_parallel // derived.expert_tensor_parallel)
 
 
-def _gradient_traffic(experts: int, derived: DerivedModel, arguments: Arguments) -> int:
+def _gradient_traffic(experts: int, derived: DerivedModel, width: int) -> int:
     ranks = _expert_data_parallel(derived)
-    width = 2 if "--grad-reduce-in-bf16" in arguments else _FP32
     rounds = 1 if derived.layout.zero_stage else 2
     return experts * width * rounds * (ranks - 1) // ranks
 

@@ -47,13 +47,11 @@ class Group:
     """Words that become arguments together.
 
     kind: of a "command", the elements of an "array", the words in a quoted "string", or a file of "arguments".
-    start, end: of the text that holds the words, quotes and brackets left out. depth: how many conditions, loops
-    and functions are around it.
+    start, end: of the text that holds the words, quotes and brackets left out.
     """
 
     kind: Literal["command", "array", "string", "arguments"]
     start: int
-    depth: int
     end: int = 0
     words: list[Word] = field(default_factory=list)
 
@@ -98,7 +96,7 @@ def scan_arguments(text: str) -> Script:
 
 
 class _Scanner:
-    """Walks through a text once; `at` is where it is."""
+    """Walks through a text once; `at` is where it is, `depth` how many conditions, loops, functions are around it."""
 
     def __init__(self, text: str, at: int = 0, depth: int = 0):
         self.text, self.at, self.depth = text, at, depth
@@ -108,7 +106,7 @@ class _Scanner:
         self.documents: list[tuple[str, bool]] = []
 
     def open(self, kind: Literal["command", "array", "string", "arguments"]) -> Group:
-        group = Group(kind, self.at, self.depth)
+        group = Group(kind, self.at)
         self.groups.append(group)
         return group
 
@@ -283,7 +281,7 @@ class _Scanner:
         start, end = self._skip_quoted(quote)
         inside = self.text[start:end]
         if is_value or any(blank in inside for blank in _SPACE):
-            group = Group("string", start, self.depth, end)
+            group = Group("string", start, end)
             group.words = split_quoted(self.text, start, end)
             self.groups.append(group)
 

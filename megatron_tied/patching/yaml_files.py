@@ -35,6 +35,12 @@ class YamlFile:
         return edits
 
 
+def is_run_config(text: str) -> bool:
+    """Whether this is what `megatron_tied.pretrain` reads. Raises ConfigError if it is no YAML."""
+    values = plain(parse_yaml(text))
+    return isinstance(values, dict) and {"model", "data", "train"} <= values.keys()
+
+
 def read_yaml(text: str) -> YamlFile | None:
     """A file that says how many experts there are; None for one that does not. Raises ConfigError if it is no YAML."""
     root = parse_yaml(text)

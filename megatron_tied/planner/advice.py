@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_tied.errors import ConfigError
 from megatron_tied.planner.layout import Layout, Recompute
 from megatron_tied.planner.plan import Plan, Subject, gigabytes
-from megatron_tied.planner.search import RECOMPUTE
+from megatron_tied.planner.search import recompute_choices
 from megatron_tied.topology import TieConfig
 
 _MOST = 4
@@ -35,7 +35,7 @@ def dominating(plan: Plan) -> str:
 def changes(subject: Subject, tie: TieConfig, plan: Plan) -> list[Change]:
     """Single changes worth making: to a plan that does not fit those that make it, else those that are faster."""
     found = []
-    for text, tied, layout in _neighbours(tie, plan.layout):
+    for text, tied, layout in _neighbours(tie, plan.layout, recompute_choices(subject.model)):
         try:
             changed = subject.plan(tied, layout)
         except ConfigError:
@@ -45,7 +45,9 @@ def changes(subject: Subject, tie: TieConfig, plan: Plan) -> list[Change]:
     return sorted(found, key=lambda change: change.plan.time.total)[:_MOST]
 
 
-def _neighbours(tie: TieConfig, layout: Layout) -> Iterator[tuple[str, TieConfig, Layout]]:
+def _neighbours(
+    tie: TieConfig, layout: Layout, recompute_choices: Sequence[Recompute]
+) -> Iterator[tuple[str, TieConfig, Layout]]:
     for stage in range(1, 4):
         if stage != layout.zero_stage:
             yield f"deepspeed.zero_optimization.stage={stage}", tie, replace(layout, zero_stage=stage)
@@ -60,9 +62,9 @@ def _neighbours(tie: TieConfig, layout: Layout) -> Iterator[tuple[str, TieConfig
             yield f"train.micro_batch_size={size}", tie, replace(layout, micro_batch_size=size)
         size = layout.micro_batch_size * factor
         yield f"train.micro_batch_size={size}", tie, replace(layout, micro_batch_size=size)
-    for recompute in RECOMPUTE:
+    for recompute in recompute_choices:
         if recompute != layout.recompute:
-            yield _recompute_keys(recompute), tie, replace(layout, recompute=recompute)
+            yield _recompute_keys(recompute, layout.recompute), tie, replace(layout, recompute=recompute)
     if tie.banks is None:
         for group_size in (2, 4, 8):
             if group_size > tie.group_size:
@@ -77,10 +79,13 @@ def _neighbours(tie: TieConfig, layout: Layout) -> Iterator[tuple[str, TieConfig
         yield "deepspeed.zero_optimization.offload_optimizer.device=cpu", tie, offload
 
 
-def _recompute_keys(recompute: Recompute) -> str:
+def _recompute_keys(recompute: Recompute, before: Recompute) -> str:
     if recompute.method is not None:
         how = f"model.recompute_method={recompute.method} model.recompute_num_layers={recompute.num_layers}"
         return f"model.recompute_granularity=full {how}"
     if not recompute.modules:
         return "model.recompute_granularity=null"
-    return f"model.recompute_granularity=selective model.recompute_modules=[{','.join(sorted(recompute.modules))}]"
+    # Megatron-Core refuses what is said of layers beside what is said of modules.
+    unsaid = " model.recompute_method=null model.recompute_num_layers=null" if before.method is not None else ""
+    modules = ",".join(sorted(recompute.modules))
+    return f"model.recompute_granularity=selective model.recompute_modules=[{modules}]{unsaid}"

@@ -40,7 +40,10 @@ def flops_per_token(model: ModelConfig, topology: TieTopology, seq_length: int, 
     """The operations of `model` on sequences of `seq_length` tokens. Source: 2 x weights, 2 x pairs x widths."""
     matrices: Counter[str] = Counter()
     for tensor in model_tensors(model, topology, vocab_size):
-        matrices[tensor.kind] += tensor.numel if tensor.decays else 0
+        # Followers have none of what a tie group shares beside its experts, and compute with it.
+        shared = tensor.bank if tensor.expert_bank is None else None
+        uses = 1 if shared is None else topology.banks[shared].size
+        matrices[tensor.kind] += tensor.numel * uses if tensor.decays else 0
     dense = sum(matrices[kind] for kind in ("attention", "router", "output"))
     if model.share_embeddings_and_output_weights:
         dense += vocab_size * model.hidden_size

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.planner.activations import FUSED, UNFUSED, Kernels
@@ -20,6 +21,7 @@ _OURS = Path(__file__).with_name("hardware.yaml")
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Efficiency = Annotated[float, Field(gt=0, le=1)]
 
 
 class Hardware(BaseModel):
@@ -36,8 +38,8 @@ class Hardware(BaseModel):
     host_gbs: Positive
     host_adam_gelements: Positive
     ranks_per_node: Annotated[int, Field(ge=1)]
-    matmul_efficiency: Share
-    network_efficiency: Share
+    matmul_efficiency: Efficiency
+    network_efficiency: Efficiency
     overlap: Share
     reserve_gb: Annotated[float, Field(ge=0)]
     fragmentation: Share
@@ -67,15 +69,23 @@ def load_hardware(choice: str) -> Hardware:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(Problem("--hardware", choice, f"must be NAME or FILE:NAME of a YAML file: {error}")) from None
-    if not isinstance(entries, dict) or not isinstance(entries.get(name.lower()), dict):
-        known = list(entries) if isinstance(entries, dict) else []
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        valid = f"must be in a YAML file of entries such as {_OURS.name} has: {path} is none"
+        raise ConfigError(Problem("--hardware", choice, valid))
+    key = name if name in entries else name.lower()
+    if key not in entries:
+        known = list(entries)
         close = get_close_matches(name.lower(), map(str, known), n=1)
         hint = f"; did you mean {close[0]}?" if close else "; or FILE:NAME"
         raise ConfigError(Problem("--hardware", choice, f"must be one of {', '.join(map(str, known))}{hint}"))
     try:
-        return Hardware(name=name.lower(), **entries[name.lower()])
+        return Hardware(name=key, **entries[key])
     except ValidationError as error:
-        raise ConfigError(
-            Problem(f"{path}: {name}.{'.'.join(map(str, item['loc']))}", item["input"], item["msg"])
-            for item in error.errors()
-        ) from None
+        raise ConfigError(_problem(f"{path}: {name}", item) for item in error.errors(include_url=False)) from None
+
+
+def _problem(entry: str, item: ErrorDetails) -> Problem:
+    field = f"{entry}.{'.'.join(map(str, item['loc']))}"
+    if item["type"] == "missing":
+        return Problem(field, None, "must be given")
+    return Problem(field, item["input"], item["msg"].replace("Input should be", "must be"))

@@ -152,6 +152,10 @@ class Layout:
         if self.pipeline_parallel > 1 and topology.shares_more:
             valid = "must be experts with pipeline parallelism: nothing else is shared there"
             yield Problem("tie.share", topology.tie.share, valid)
+        least = 3 if self.offload_parameters else 1 if self.offload_optimizer else 0
+        if self.zero_stage < least:
+            valid = f"must be at least {least}: DeepSpeed offloads nothing below"
+            yield Problem("deepspeed.zero_optimization.stage", self.zero_stage, valid)
         unit = self.micro_batch_size * max(1, self.data_parallel)
         if self.global_batch_size % unit:
             valid = f"must be a multiple of {unit} = micro-batch x data parallel ranks"

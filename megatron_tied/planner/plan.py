@@ -50,6 +50,8 @@ class Subject:
     def plan(self, tie: TieConfig, layout: Layout) -> Plan:
         """The plan of `layout` with the model's layers tied by `tie`. Raises ConfigError if they do not go together."""
         topology, hardware = self.topology(tie), self.hardware
+        if layout.precision not in hardware.tflops:
+            raise ConfigError(Problem("--hardware", hardware.name, f"must say its tflops in {layout.precision}"))
         self.parameters(tie)
         layout.check(self.model, topology)
         if layout.expert_parallel > 1 and self.model.moe_token_dispatcher_type != "alltoall":

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.models.config import ModelConfig
 from megatron_tied.planner.layout import Layout, Recompute
 from megatron_tied.planner.plan import Plan, Subject
 from megatron_tied.topology import TieConfig
@@ -37,11 +38,17 @@ def search(subject: Subject, tie: TieConfig, layout: Layout, group_sizes: Sequen
     return Found(len(plans), fitting, min(plans, key=lambda plan: plan.memory.total, default=None))
 
 
+def recompute_choices(model: ModelConfig) -> list[Recompute]:
+    """What there is to choose from for `model`: experts one by one keep their activations."""
+    one_by_one = model.expert_backend == "sequential"
+    return [choice for choice in RECOMPUTE if not (one_by_one and "moe_act" in choice.modules)]
+
+
 def candidates(
     subject: Subject, tie: TieConfig, layout: Layout, group_sizes: Sequence[int]
 ) -> Iterator[tuple[TieConfig, Layout]]:
     """The valid combinations of what a search varies."""
-    sequences = layout.global_batch_size // layout.data_parallel
+    sequences = layout.global_batch_size // max(1, layout.data_parallel)
     experts = subject.model.num_moe_experts
     stages = (0, 1, 2, 3) if layout.precision == "fp32" else (1, 2, 3)
     for group_size in group_sizes:
@@ -53,7 +60,7 @@ def candidates(
         except ConfigError:
             continue  # too few layers for such groups
         for expert_parallel, stage, micro_batch, recompute in product(
-            _divisors(experts), stages, _divisors(sequences), RECOMPUTE
+            _divisors(experts), stages, _divisors(sequences), recompute_choices(subject.model)
         ):
             candidate = replace(
                 layout,

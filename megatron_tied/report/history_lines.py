@@ -91,12 +91,19 @@ def read_lines(path: Path, on_read: Callable[[int], object] = lambda size: None)
 def _parse(line: bytes) -> dict[str, Any] | None:
     """The object of a line with a step; None for anything else, such as half a line at the end of a live run."""
     try:
-        metrics = json.loads(line)
-    except ValueError:
+        metrics = json.loads(line, parse_int=_integer)
+    except (ValueError, OverflowError):
         return None
     if not isinstance(metrics, dict) or type(step := metrics.get("step")) is not int:
         return None
     return metrics if 0 <= step <= _LARGEST_STEP else None
+
+
+def _integer(text: str) -> int:
+    """Raises OverflowError for what no float can hold."""
+    value = int(text)
+    float(value)
+    return value
 
 
 def _collect(metrics: dict[str, Any], collected: _Collected, tables: dict[str, Table]) -> None:

@@ -37,8 +37,6 @@ def join_processes() -> None:
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ |= alone | {"MASTER_PORT": str(free_port())}
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     share_host_threads(ranks_on_this_host())
     reuse_large_blocks()
     quiet_deepspeed(int(os.environ["RANK"]))

@@ -14,6 +14,7 @@ from megatron_tied.errors import ConfigError, Problem
 
 _UNKNOWN_KEY = frozenset({"extra_forbidden", "unexpected_keyword_argument"})
 
+_ENTRY = "a list whose entry"
 # Pydantic's error types, continuing "must be ...".
 _VALID: Mapping[str, str] = {
     "missing": "given",
@@ -93,11 +94,13 @@ def _want(item: ErrorDetails, inside: tuple[int | str, ...]) -> str:
         want = _VALID[item["type"]].format_map(context)
     else:
         want = item["msg"].removeprefix("Input should be ")
-    return f"a list whose entry {entries[0]} is {want}" if entries else want
+    return f"{_ENTRY} {entries[0]} is {want}" if entries else want
 
 
 def _must_be(wants: list[str]) -> str:
-    return f"must be {' or '.join(dict.fromkeys(wants))}"
+    # Entries are all to be so, members of a union one of them.
+    joint = " and " if all(want.startswith(_ENTRY) for want in wants) else " or "
+    return f"must be {joint.join(dict.fromkeys(wants))}"
 
 
 def _lookup(given: Mapping[str, Any], field: str) -> object:

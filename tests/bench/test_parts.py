@@ -10,7 +10,7 @@ import torch
 
 from megatron_tied.bench.job import HUGGINGFACE, MEGATRON_CORE, TIED, UNTIED, Job, load_subject
 from megatron_tied.bench.kernels import Interval, kind_of, own_times, shares
-from megatron_tied.bench.measurement import model_flops
+from megatron_tied.bench.measurement import _share_of_copies, model_flops
 from megatron_tied.bench.memory import PeakOfProcess, storage_bytes, used_bytes
 from megatron_tied.bench.messages import read_line, told_line
 from megatron_tied.bench.progress import Done
@@ -143,6 +143,12 @@ def test_flops_are_those_of_each_contenders_model() -> None:
     plain = Job(load_subject(None, ["model.vocab_size=512"], 1, precision="fp32"), 1)
     assert model_flops(job, TIED) == model_flops(job, HUGGINGFACE) > model_flops(job, UNTIED)
     assert model_flops(job, UNTIED) == model_flops(job, MEGATRON_CORE) == model_flops(plain, TIED)
+
+
+def test_muon_is_not_compared_with_copies() -> None:
+    subject = load_subject(None, ["optimizer.preset=tying_the_loop", "model.vocab_size=512"], 1, precision="fp32")
+    contender = SimpleNamespace(engine=SimpleNamespace(optimizer=None))  # whose states are not AdamW's
+    assert _share_of_copies(Job(subject, 1), contender, 1.0, Ceilings(1.0, 1.0)) is None
 
 
 def test_messages_are_found_among_other_lines() -> None:

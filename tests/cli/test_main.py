@@ -135,3 +135,19 @@ def test_one_problem_is_one_line_whatever_its_value():
     stream = io.StringIO()
     tell(ConfigError(Problem("data.train", "two\nlines", "must be a path")), stream)
     assert stream.getvalue() == ("error: 1 problem in the input\n  data.train = 'two\\nlines': must be a path\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "--arch", "olmoe", "--scale", "tiny", "--world-size", "8"],
+        ["plan", "--arch", "olmoe", "--scale", "tiny", "--world-size", "8", "--json"],
+        ["patch", str(CASES / "command.sh"), "--dry-run"],
+    ],
+    ids=" ".join,
+)
+def test_who_reads_no_further_ends_it_quietly(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "megatron_tied.cli.main", *arguments]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started.stdout.close()
+    assert (started.stderr.read(), started.wait()) == ("", 0)

@@ -114,3 +114,19 @@ def test_a_plan_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "heavy: []" in done.stdout
+
+
+@pytest.mark.parametrize("tie", [["tie.banks=[0,1,2,3,4,5]"], ["tie.share=all"], []])
+def test_a_map_that_ties_nothing_is_the_untied_plan(tie: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--arch", "olmoe", "--scale", "tiny", "--world-size", "2", "model.num_layers=6"]
+    if tie == ["tie.share=all"]:
+        assert main(["plan", *arguments, *tie]) == 2
+        return
+    assert "\nuntied: 6 layers: 0 1 2 3 4 5\n" in told(capsys, *arguments, *tie)
+
+
+def test_numbers_beyond_any_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--world-size", "1000001"], ["--gpu-memory", "1e308"], ["--imbalance", "1e308"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["plan", "--arch", "olmoe", "--world-size", "8", *option])
+        assert f"argument {option[0]}: '{option[1]}' must be" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_tied.cli.main import main
 from megatron_tied.convert import convert as conversion
 from megatron_tied.convert import output
+from megatron_tied.inference.loading import find_model
 from tests.convert.hf_models import convert, save
 
 Change = Callable[[dict[str, Any]], object]
@@ -262,3 +263,21 @@ def test_help_is_quick() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "--tie-group-size G" in done.stdout
+
+
+def test_a_damaged_checkpoint_is_not_read(originals: Path, told: Callable[..., str], tmp_path: Path) -> None:
+    checkpoint = convert("hf", "megatron-tied", originals / "olmoe", tmp_path / "checkpoint", "--no-verify")
+    file = next(checkpoint.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    for target in ("hf", "megatron-tied"):
+        assert f"is not sound: {file}: is damaged" in told("megatron-tied", target, checkpoint)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_is_converted_says_in_which_precision_it_is(originals: Path, tmp_path: Path, dtype: str) -> None:
+    first = convert("hf", "megatron-tied", originals / "olmoe", tmp_path / "a", "--no-verify", "--dtype", dtype)
+    other = "bf16" if dtype == "fp32" else "fp32"
+    again = convert("megatron-tied", "megatron-tied", first, tmp_path / "b", "--no-verify", "--dtype", other)
+    assert [find_model(checkpoint).precision for checkpoint in (first, again)] == [dtype, other]

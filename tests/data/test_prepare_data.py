@@ -280,10 +280,12 @@ def test_the_command_tells_what_it_did(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--train-tokenizer"], "--vocab-size = None: must be an integer >= 1"),
+        (["--train-tokenizer"], "--vocab-size = None: must be an integer of 1 to 2,147,483,647"),
+        (["--train-tokenizer", "--vocab-size", "3000000000"], "--vocab-size = 3000000000: must be an integer of 1 to"),
+        (["--tokenizer", ""], "--tokenizer = '': must be a file, a directory, or tiktoken:NAME"),
         (["--train-tokenizer", "--vocab-size", "9000"], "--vocab-size = 9000: must be <= "),
         (["--train-tokenizer", "--vocab-size", "300", "--workers", "0"], "--workers = 0: must be"),
-        (["--train-tokenizer", "--vocab-size", "300", "--sample-mib", "0"], "--sample-mib = 0.0: must be > 0"),
+        (["--train-tokenizer", "--vocab-size", "300", "--sample-mib", "1e-9"], "--sample-mib = 0.0: must be > 0"),
         (["--train-tokenizer", "--vocab-size", "300", "--jsonl-key", "body"], "--jsonl-key = 'body': must be a key"),
         (["--tokenizer", "none.model"], "--tokenizer = 'none.model': must be a SentencePiece model"),
         (["--tokenizer", "none.model", "--vocab-size", "300"], "--vocab-size = 300: must be left out"),
@@ -310,3 +312,20 @@ def test_a_prefix_that_is_a_directory(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="must be a prefix for file names"):
         prepare_data([tmp_path], output, tokenizer=model)
+
+
+def test_an_empty_name_is_not_the_working_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.txt").write_text("text")
+    options = ["--output", "x", "--train-tokenizer", "--vocab-size", "300"]
+    assert main(["prepare-data", "--input", "", *options]) == 2
+    assert "--input = '': must be an existing file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0", "nan", "inf", "much"])
+def test_samples_of_no_size(size: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare-data", "--input", "x", "--output", "y", "--train-tokenizer", "--sample-mib", size])
+    assert f"argument --sample-mib: '{size}' must be a number > 0" in capsys.readouterr().err

@@ -57,6 +57,11 @@ def another_config(node: Path, values: Values) -> None:
     change(node, "train", seed=5)
 
 
+def groups_of_more_ranks(node: Path, values: Values) -> None:
+    for name in ("node0", "node1"):
+        change(node.parent / name, "parallel", expert_model_parallel_size=4)
+
+
 FAULTS: dict[str, Callable[[Path, Values], None]] = {
     fault.__name__: fault
     for fault in (
@@ -68,6 +73,7 @@ FAULTS: dict[str, Callable[[Path, Values], None]] = {
         run_directory_of_its_own,
         cache_of_its_own,
         another_config,
+        groups_of_more_ranks,
     )
 }
 
@@ -127,6 +133,12 @@ def test_nothing_is_found_where_nothing_is_wrong(found: dict[str, list[Finding]]
         "expert groups",
         *["bandwidth"] * 3,
     ]
+
+
+def test_groups_that_need_more_ranks_are_not_measured(found: dict[str, list[Finding]]) -> None:
+    findings = found["groups_of_more_ranks"]
+    assert against(findings) == []
+    assert [finding.check for finding in findings].count("bandwidth") == 2
 
 
 def test_all_to_all_across_hosts_is_told(found: dict[str, list[Finding]]) -> None:

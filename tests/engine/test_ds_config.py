@@ -239,3 +239,15 @@ def test_deepspeed_accepts_the_result():
     assert config.zero_allow_untested_optimizer
     assert not config.zero_force_ds_cpu_optimizer
     assert config.steps_per_print is None  # quiet
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "least"), [(0, "offload_optimizer", 1), (1, "offload_param", 3), (2, "offload_param", 3)]
+)
+def test_an_offload_that_deepspeed_passes_over(stage: int, key: str, least: int) -> None:
+    zero = {"stage": stage, key: {"device": "cpu"}}
+    (problem,) = deepspeed_problems({"zero_optimization": zero}, **RUN)
+    told = f"{key}.device = 'cpu': has no effect at ZeRO stage {stage}: needs stage {least} or higher"
+    assert str(problem) == f"deepspeed.zero_optimization.{told}"
+    for harmless in ({**zero, "stage": least}, {**zero, key: {"device": "none"}}, {**zero, key: None}):
+        assert deepspeed_problems({"zero_optimization": harmless}, **RUN) == []

@@ -49,6 +49,14 @@ def test_the_loss_is_the_validation_loss_of_the_run(trained: Trained, tmp_path: 
     assert found["held-out"]["loss"] == pytest.approx(series(trained.run, "validation_loss")[-1], abs=1e-5)
 
 
+def test_micro_batches_are_no_larger_than_the_data(trained: Trained, tmp_path: Path) -> None:
+    few = (f"held-out={trained.document}", "--max-tokens", "100")
+    sizes = ("1", "1000000000")
+    small, large = (evaluate(trained, tmp_path / size, *few, "--micro-batch-size", size) for size in sizes)
+    assert large["held-out"]["tokens"] == small["held-out"]["tokens"] == 100
+    assert large["held-out"]["loss"] == pytest.approx(small["held-out"]["loss"], abs=1e-5)
+
+
 @pytest.mark.parametrize("seq_length", [SEQ_LENGTH, 21])
 def test_each_domain_has_the_mean_over_its_tokens_each_once(
     seq_length: int, trained: Trained, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -117,6 +125,10 @@ class TestBadInput:
         told = self.complaint(capsys, trained.run, str(tmp_path / "a"), f"b={tmp_path / 'b'}")
         assert "2 problems" in told
         assert told.count("must be the prefix of a data set") == 2
+
+    @pytest.mark.parametrize("name", ["", "x="])
+    def test_data_without_a_name(self, name: str, trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+        assert f"--data = '{name}': must be PREFIX or NAME=PREFIX" in self.complaint(capsys, trained.run, name)
 
     def test_data_of_another_tokenizer(
         self, trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -35,9 +35,10 @@ def test_with_all_of_the_probability_no_token_is_left_out() -> None:
     assert (probabilities(logits, temperature=1.0, top_p=1.0) > 0).all()
 
 
-def test_no_temperature_is_too_low() -> None:
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 5e-324])
+def test_no_temperature_is_too_low(temperature: float) -> None:
     logits = some_logits(2)
-    found = probabilities(logits, temperature=1e-40, top_p=1.0)
+    found = probabilities(logits, temperature=temperature, top_p=1.0)
     assert found.argmax() == logits.argmax()
     assert found.max() == 1
 

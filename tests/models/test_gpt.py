@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tied import ConfigError, ModelConfig, TieConfig, build_gpt_model, tied_decoder_block_spec
 from megatron_tied.layers.attention import ProjectionRMSNorm, _Clip
-from megatron_tied.models.gpt import transformer_config
+from megatron_tied.models.gpt import has_fused_activation, transformer_config
 from megatron_tied.planner.parameters import count_parameters
 from tests.distributed.training_run import Case, load_reference
 from tests.distributed.training_run import model_config as config_of_reference
 from tests.oracle.reference import build_reference, random_batches, tiny, weights
-from tests.tiny_model import TIE, build, gradients, inputs, loss, model_config
+from tests.tiny_model import FIELDS, TIE, build, gradients, inputs, loss, model_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -296,3 +297,16 @@ def test_a_native_megatron_config_takes_the_tied_spec():
     values = [layer.experts.fc1_weight for layer in (layers[0], layers[1], layers[4])]
     assert all(value.std().item() == pytest.approx(0.02, rel=0.1) for value in values)
     assert len({value.flatten()[0].item() for value in values}) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_fused"),
+    [
+        ({}, True),
+        ({"activation": "gelu"}, False),
+        ({"gated_linear_unit": False}, False),
+        ({"add_bias_linear": True, "expert_backend": "sequential"}, False),
+    ],
+)
+def test_activations_are_fused_where_that_is_the_same_function(fields: dict[str, Any], is_fused: bool) -> None:
+    assert has_fused_activation(ModelConfig.resolve(FIELDS | fields)) == is_fused

@@ -51,7 +51,7 @@ def test_topology():
     topology = TieTopology.build(TieConfig(group_size=4, skip_first=1, skip_last=1, num_tied_experts=32), 6)
     text = dataclasses.replace(describe(), topology=topology).topology_markdown()
     assert text.splitlines() == [
-        "6 layers: 0 [1 2 3 4] 5",
+        "6 layers: 0 [1 2 3 4] 5; experts of tied banks: 32",
         "",
         "| bank | layers | tied | experts | learning rate divided by |",
         "| --- | --- | --- | --- | --- |",

@@ -389,3 +389,32 @@ def test_moe_layers_of_a_script(pattern: str, topology: str | None, line: str) -
     assert any("--moe-layer-freq depends on what this file does not say" in note for note in patch.notes) == (
         not topology
     )
+
+
+TIED_SCRIPT = (
+    "torchrun -m megatron_tied.megatron_lm pretrain_gpt.py --num-layers {layers} --hidden-size 64 "
+    "--num-attention-heads 4 --num-experts 8 --moe-tie-group-size 4 --moe-tie-skip-first 0 --moe-tie-skip-last {last}\n"
+)
+
+
+def test_a_tied_file_is_judged_by_what_it_says() -> None:
+    patch = patch_text(Path("run.sh"), TIED_SCRIPT.format(layers=4, last=0), TieRequest.of({}))
+    assert (patch.changes, patch.is_tied) == (False, True)
+    assert patch.saved.topology.describe() == "4 layers: [0 1 2 3]"
+    unknown = patch_text(Path("run.sh"), TIED_SCRIPT.format(layers=8, last="$LAST"), TieRequest.of({}))
+    assert unknown.saved.topology.describe() == "8 layers: 0 1 [2 3 4 5] 6 7"  # what would be asked for
+    with pytest.raises(ConfigError, match="--moe-tie-skip-last = None: invalid int value: 'few'"):
+        patch_text(Path("run.sh"), TIED_SCRIPT.format(layers=4, last="few"), TieRequest.of({}))
+
+
+def test_a_script_that_also_starts_megatron_deepspeed_is_refused() -> None:
+    text = "torchrun pretrain_gpt.py --num-experts 8\ndeepspeed pretrain_other.py --num-experts 8\n"
+    with pytest.raises(ConfigError, match=r"pretrain_other\.py.*is started by deepspeed, and Megatron-DeepSpeed"):
+        patch_text(Path("run.sh"), text, TieRequest.of({}))
+
+
+@pytest.mark.parametrize("name", ["quickstart.yaml", "paper/configs/main/deepseek-regular-g1.yaml"])
+def test_a_run_config_of_ours_is_known(name: str) -> None:
+    path = Path(__file__).parents[2] / "examples" / name
+    with pytest.raises(ConfigError, match="is a run config of this package, which ties by its own section"):
+        patch_text(path, path.read_text(), TieRequest.of({}))

@@ -201,3 +201,19 @@ def test_keys_describe_the_model_that_flags_do() -> None:
     flags = arguments_from_keys(said_otherwise)
     for name in ("--disable-bias-linear", "--untie-embeddings-and-output-weights", "--qk-layernorm"):
         assert name not in flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "width"),
+    [
+        ("--bf16", 4),
+        ("--bf16 --grad-reduce-in-bf16", 2),
+        ("--fp16", 2),
+        ("--fp16 --accumulate-allreduce-grads-in-fp32", 4),
+        ("--grad-reduce-in-bf16", 4),
+    ],
+)
+def test_gradients_are_as_wide_as_their_buffers(flags: str, width: int) -> None:
+    found = saved(f"{SMALL} {flags}", TieConfig(group_size=2)).tied
+    weights, optimizer = (4, 8) if "16 " not in f"{flags} ".replace("-in-bf16", "") else (2, 12)
+    assert found.rank_bytes == found.total * (weights + width + optimizer)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_tied.errors import ConfigError
 from megatron_tied.models.config import ModelConfig
@@ -358,3 +360,64 @@ def test_hardware_of_ones_own(tmp_path) -> None:
     ):
         with pytest.raises(ConfigError, match=told):
             load_hardware(choice)
+
+
+def test_what_is_shared_is_computed_by_every_layer() -> None:
+    planned = subject()
+    layout = Layout(world_size=8, seq_length=2048, global_batch_size=256)
+    flops = {share: planned.plan(replace(TIED, share=share), layout).flops for share in ("experts", "all")}
+    assert flops["all"] == flops["experts"] == planned.plan(TieConfig(), layout).flops
+
+
+@pytest.mark.parametrize(("stage", "part"), [(0, "optimizer"), (1, "parameters"), (2, "parameters")])
+def test_an_offload_that_deepspeed_passes_over_cannot_be_planned(stage: int, part: str) -> None:
+    with pytest.raises(ConfigError, match=rf"zero_optimization.stage = {stage}: must be at least"):
+        olmoe(zero_stage=stage, **{f"offload_{part}": True})
+
+
+def test_advice_and_search_offer_what_megatron_core_takes() -> None:
+    planned = subject("qwen3_30b_a3b")
+    layout = Layout(world_size=16, seq_length=4096, global_batch_size=256, recompute=Recompute(method="block"))
+    texts = [change.text for change in changes(planned, TieConfig(), planned.plan(TieConfig(), layout))]
+    texts += [change.text for change in changes(planned, TIED, planned.plan(TIED, layout))]
+    selective = [text for text in texts if "selective" in text]
+    assert selective
+    assert all("recompute_method=null model.recompute_num_layers=null" in text for text in selective)
+    grouped, one_by_one = (
+        {plan.layout.recompute for plan in search(of, TIED, layout, (4,)).fitting}
+        for of in (subject(), subject(expert_backend="sequential"))
+    )
+    assert grouped - one_by_one == {Recompute(frozenset({"moe_act"}))}
+
+
+def test_a_search_without_a_rank_for_every_stage_finds_nothing() -> None:
+    layout = Layout(world_size=2, seq_length=4096, global_batch_size=256, pipeline_parallel=4)
+    assert search(subject(), TIED, layout, (4,)).considered == 0
+
+
+def test_precisions_without_a_speed_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    h100 = load_hardware("h100").model_dump(exclude={"name"})
+    file.write_text(yaml.safe_dump({"MI300X": h100 | {"tflops": {"bf16": 900}}}))
+    planned = Subject(ModelConfig.resolve({"preset": "olmoe"}), load_hardware(f"{file}:MI300X"))
+    layout = Layout(world_size=8, seq_length=2048, global_batch_size=256)
+    assert planned.plan(TIED, layout).hardware.name == "MI300X"
+    with pytest.raises(ConfigError, match="--hardware = 'MI300X': must say its tflops in fp32"):
+        planned.plan(TIED, replace(layout, precision="fp32"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("mine: 3", "must be in a YAML file of entries such as hardware.yaml has"),
+        ("", "must be in a YAML file of entries such as hardware.yaml has"),
+        ("mine: {tflops: 3}", "mine.memory_gb = None: must be given"),
+        ("mine: {matmul_efficiency: 0}", "mine.matmul_efficiency = 0: must be greater than 0"),
+    ],
+)
+def test_hardware_files_that_are_none(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        load_hardware(f"{file}:mine")
+    assert message in str(error.value)

@@ -191,3 +191,9 @@ def test_a_realistic_run_comes_whole(tmp_path: Path) -> None:
     assert run.numbered("bank_weight_norm")[3] == Point(200, 33.0)
     assert set(run.tables) == {"expert_load", "bank_load", "agreement"}
     assert run.state() == "finished"
+
+
+def test_a_number_that_no_float_holds_breaks_its_line(tmp_path: Path) -> None:
+    run = read(write_lines(tmp_path, [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 10**400}]))
+    assert run.series["loss"].values.tolist() == [2.0]
+    assert run.broken_lines == 1

@@ -200,6 +200,10 @@ def test_bytes_that_are_no_text(config_file: Path):
         ("data.split=[1]", "data.split = [1]: must be a list of at least 2"),
         ("optimizer.name=sgd", "optimizer.name = 'sgd': must be 'adamw' or 'muon'"),
         ("optimizer.preset=tying", "optimizer.preset = 'tying': must be 'tying_the_loop'"),
+        (
+            "tie.banks=[a,b]",
+            "tie.banks = ['a', 'b']: must be a list whose entry 0 is an integer and a list whose entry 1 is an integer",
+        ),
         ("optimizer.freeze=[norm]", "optimizer.freeze = ['norm']: must be a list whose entry 0 is 'norms'"),
         ("optimizer.lr=-1", "optimizer.lr = -1: must be > 0"),
         ("optimizer.lr=.nan", "optimizer.lr = nan: must be a finite number"),
@@ -304,6 +308,10 @@ def test_bad_ds_config_file(config_file: Path, tmp_path: Path, content: str, mes
             for name, value in (("optimizer.name", "muon"), ("model.init_method", "depth_scaled_xavier"))
         ),
         (["optimizer.schedule=wsd"], "optimizer.decay_steps = 0: must be 1 to "),
+        (
+            ["optimizer.schedule=wsd", "train.steps=2", "optimizer.warmup_steps=2"],
+            "optimizer.warmup_steps = 2: must be below train.steps = 2 with optimizer.schedule: wsd",
+        ),
         (["optimizer.decay_steps=3"], "optimizer.decay_steps = 3: must be 0: it is for optimizer.schedule: wsd"),
         (
             ["optimizer.preset=tying_the_loop", "optimizer.name=adamw"],
