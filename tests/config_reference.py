@@ -18,7 +18,10 @@ _DEEPSPEED = """## deepspeed
 What a `ds_config.json` holds, or the path of one: keys of DeepSpeed. ZeRO stage 1 unless it says another. What the
 config says elsewhere (batch sizes, precision, clipping, optimizer, scheduler) may be left out or must agree.
 """
-_PASSED_ON = "Any other field of Megatron-Core's `TransformerConfig` may stand here, too.\n"
+_PASSED_ON = (
+    "Other fields of Megatron-Core's `TransformerConfig` may stand here, too; those that another key sets, or that tied\n"
+    "experts rule out, are refused with the reason.\n"
+)
 
 Schema = Mapping[str, Any]
 

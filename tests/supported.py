@@ -17,7 +17,7 @@ _RECOMPUTE = {
     "full": "recompute: full, uniform, per layer",
     "full_by_5": "recompute: full, one segment per tie group",
     "block": "recompute: full, block",
-    "non_reentrant": "recompute: torch's non-reentrant, per layer",
+    "non_reentrant": "recompute: torch's non-reentrant, per layer (from Python)",
 }
 
 
