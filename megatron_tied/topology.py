@@ -44,7 +44,7 @@ class TieConfig:
     """consecutive cuts the middle into runs of `group_size` layers; cyclic cuts it into runs of `group_size *
     block_size` layers and, within a run, ties layers i and i + `block_size`."""
     block_size: int = 1
-    """How far apart the layers of a group are: at least 2 with `pattern: cyclic`, else 1."""
+    """Of `pattern: cyclic`: how far apart the layers of a group are; with 1 they are neighbours, as in consecutive."""
     banks: Sequence[int] | None = None
     """An explicit map, one bank id (any integer) per MoE layer; overrides all fields above."""
     num_tied_experts: int | None = None
@@ -82,8 +82,8 @@ class TieConfig:
             ("pattern", self.pattern in ("consecutive", "cyclic"), 'must be "consecutive" or "cyclic"'),
             (
                 "block_size",
-                _is_int(self.block_size, 1) and (self.block_size > 1) == (self.pattern == "cyclic"),
-                'must be an integer >= 2 with tie.pattern "cyclic", and 1 without it',
+                _is_int(self.block_size, 1) and (self.block_size == 1 or self.pattern == "cyclic"),
+                'must be an integer >= 1, and 1 unless tie.pattern is "cyclic"',
             ),
             (
                 "banks",

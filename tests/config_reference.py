@@ -19,8 +19,8 @@ What a `ds_config.json` holds, or the path of one: keys of DeepSpeed. ZeRO stage
 config says elsewhere (batch sizes, precision, clipping, optimizer, scheduler) may be left out or must agree.
 """
 _PASSED_ON = (
-    "Other fields of Megatron-Core's `TransformerConfig` may stand here, too; those that another key sets, or that tied\n"
-    "experts rule out, are refused with the reason.\n"
+    "Other fields of Megatron-Core's `TransformerConfig` may stand here, too; those that another key sets, or that\n"
+    "tied experts rule out, are refused with the reason.\n"
 )
 
 Schema = Mapping[str, Any]

@@ -28,7 +28,7 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-}  # tests for GPUs: CUDA_VISIBLE_DEVICES=0 bash tests/run.sh -m gpu
+export CUDA_VISIBLE_DEVICES=
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
 .venv/bin/mypy
 .venv/bin/lint-imports --no-cache --no-logo

@@ -78,9 +78,10 @@ def _run_all(args: argparse.Namespace) -> int:
             if result is None:  # the first rank tells it
                 return 0
             results.append(result)
-            console().print(report(result))
             # After each: a later config must not cost what an earlier one has found.
-            if args.json is not None and not write_json(args.json, {"runs": results}):
+            is_written = args.json is None or write_json(args.json, {"runs": results})
+            console().print(report(result))
+            if not is_written:
                 return _FAILED
     except KeyboardInterrupt:
         return _INTERRUPTED

@@ -19,7 +19,7 @@ from megatron_tied.topology import TieConfig
 _DESCRIPTION = """\
 Convert a model between a Hugging Face directory and a megatron-tied checkpoint (or a run, whose latest checkpoint is
 meant), and tie or untie its layers' experts on the way. Weights are streamed: memory holds a few tensors, with matched
-a tie group, but not the model. A checkpoint is compared with its checksums first. At the end the logits of what was
+a tie group, but not the model. A checkpoint is compared with its checksums before. At the end the logits of what was
 written are compared on random tokens with those of what was to be written, tied and rounded as asked for; --output
 appears when all is well, or not at all. hf is for stock classes and servers, with every layer's experts written out;
 hf-compact stores each expert bank once and shares it in memory, and is loaded with trust_remote_code=True.

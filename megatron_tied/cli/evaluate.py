@@ -88,8 +88,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") != "0":  # the first tells it
         return 0
     content = as_json(found, domains, losses, seq_length=seq_length)
+    is_written = args.json is None or write_json(args.json, content)
     console().print(report(content, tokenizer_is_known=found.tokenizer is not None))
-    return 0 if args.json is None or write_json(args.json, content) else _FAILED
+    return 0 if is_written else _FAILED
 
 
 def _check_experts(size: int, experts: int, tied_experts: int | None) -> None:

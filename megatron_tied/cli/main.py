@@ -39,14 +39,17 @@ _COMMANDS = (
     doctor,
     supervise,
 )
-_INTERRUPTED = 130
+_INTERRUPTED, _UNREAD = 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns the exit code: 2 for bad input, which is told on stderr, 130 after Ctrl-C."""
+    """Runs one subcommand and returns the exit code: 2 for bad input, which is told on stderr, 130 after Ctrl-C.
+
+    141 where nobody reads what it prints, as of a program that SIGPIPE ends.
+    """
     try:
         code = _run(argv)
-        sys.stdout.flush()
+        print(end="", flush=True)  # also where there is no standard output
     except ConfigError as error:
         tell(error, sys.stderr)
         return BAD_INPUT
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     except BrokenPipeError:  # nobody reads on, and nothing is to be written at the exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _UNREAD
     return code
 
 

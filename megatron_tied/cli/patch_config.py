@@ -80,19 +80,16 @@ def patch_config(args: argparse.Namespace) -> int:
     request = TieRequest.of(given)
     _check_output(args.file, args.output)
     patch = patch_text(args.file, read_text(args.file), request, launcher=args.launcher == "run")
+    if not args.dry_run and (patch.changes or args.output):
+        replace_text(args.output or args.file, patch.after, like=args.file)
     out = console()
     if patch.changes:
         out.print(diff(patch.before, patch.after, str(args.file)), end="", soft_wrap=True)
     _tell(patch, out)
-    if args.dry_run:
-        told = "nothing was written: --dry-run" if patch.changes else _unchanged(patch, args.file)
-        out.print(told, soft_wrap=True, markup=False)
-        return 0
-    target = args.output or args.file
-    if patch.changes or args.output:
-        replace_text(target, patch.after, like=args.file)
-    told = f"patched {args.file}" if patch.changes else _unchanged(patch, args.file)
-    out.print(told + (f"; written to {target}" if args.output else ""), soft_wrap=True, markup=False)
+    done = "nothing was written: --dry-run" if args.dry_run else f"patched {args.file}"
+    told = done if patch.changes else f"{args.file}: {'already tied, ' if patch.is_tied else ''}nothing changed"
+    written = f"; written to {args.output}" if args.output and not args.dry_run else ""
+    out.print(told + written, soft_wrap=True, markup=False)
     return 0
 
 
@@ -104,10 +101,6 @@ def _tell(patch: ConfigPatch, out: Console) -> None:
         out.print(note, soft_wrap=True, markup=False)
     for problem in patch.warnings:
         out.print(f"warning: {problem}", soft_wrap=True, markup=False, style="yellow")
-
-
-def _unchanged(patch: ConfigPatch, file: Path) -> str:
-    return f"{file}: {'already tied, ' if patch.is_tied else ''}nothing changed"
 
 
 def _check_output(file: Path, output: Path | None) -> None:

@@ -44,11 +44,11 @@ def _report(args: argparse.Namespace) -> int:
     from megatron_tied.report.html_report import html_report
     from megatron_tied.report.terminal_report import terminal_report
 
-    console().print(terminal_report(histories))
     try:
         write_whole(output, html_report(histories))
     except OSError as error:
         raise ConfigError(Problem("--output", str(output), f"cannot be written: {error.strerror}")) from None
+    console().print(terminal_report(histories))
     print(f"\nwritten: {output}")
     return 0
 

@@ -73,12 +73,14 @@ def _convert(asked: Conversion, say: _Say) -> None:
     # Calibration text is there with `matched` alone.
     if topology is None or asked.calibration is None:
         check_space(asked.output, size)
+        _check_content(base)
         _publish(asked, base, source, pieces, write, say)
         return
     from megatron_tied.convert.matched import match, scratch_bytes
 
     # Before experts are looked at, which takes time.
     check_space(asked.output, size + scratch_bytes(base, topology))
+    _check_content(base)
     with scratch(asked.output) as directory:
         merge = match(
             base,
@@ -123,10 +125,15 @@ def _open(asked: Conversion) -> _Base:
     if asked.source_format == "hf":
         return HuggingFaceSource(asked.input)
     base = CheckpointSource(asked.input)
-    base.check_content()
     if asked.target_format != "megatron-tied":
         base.config = base.config.model_copy(update={"max_position_embeddings": _longest(base)})
     return base
+
+
+def _check_content(base: _Base) -> None:
+    """Read all of a checkpoint for its checksums, which takes time: when all else is known to be well."""
+    if isinstance(base, CheckpointSource):
+        base.check_content()
 
 
 def _longest(base: _Base) -> int | None:

@@ -80,7 +80,7 @@ def topology_from_args(args: Namespace) -> TieTopology:
         layers = moe_layers(getattr(args, "moe_layer_freq", 1), args.num_layers)
         return TieTopology.build(tie_config(args), args.num_layers, layers)
     except ConfigError as error:
-        raise ConfigError([_in_flags(problem) for problem in error.problems]) from None
+        raise ConfigError([in_flags(problem) for problem in error.problems]) from None
 
 
 def flag(attribute: str) -> str:
@@ -88,7 +88,8 @@ def flag(attribute: str) -> str:
     return f"--{attribute.replace('_', '-')}"
 
 
-def _in_flags(problem: Problem) -> Problem:
+def in_flags(problem: Problem) -> Problem:
+    """The same in the names of the flags."""
     names = {f"tie.{field}": flag(name) for field, name in NAMES.items()} | {"model.num_layers": "--num-layers"}
     valid = problem.valid
     for name in sorted(names, key=len, reverse=True):

@@ -228,6 +228,14 @@ class ModelConfig(BaseModel):
         fields = self.model_dump(exclude=set(_NOT_TRANSFORMER_FIELDS))
         return fields | {"moe_grouped_gemm": self.expert_backend != "sequential"}
 
+    def has_fused_activation(self) -> bool:
+        """Whether Megatron-Core's fused activations compute what this says in all kinds of MLPs, and not an error.
+
+        Its fused gelu is an approximation, and what its experts fuse knows no biases, bounds and offsets.
+        """
+        altered = any(self._extra.get(name) for name in ("activation_func_clamp_value", "glu_linear_offset"))
+        return self.activation == "silu" and self.gated_linear_unit and not (self.add_bias_linear or altered)
+
     def unknown_fields(self, transformer_config_fields: Iterable[str]) -> list[Problem]:
         """The keys that are neither ours nor in `transformer_config_fields`, with the nearest name."""
         known = {*transformer_config_fields, *type(self).model_fields}

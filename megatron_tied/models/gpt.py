@@ -42,7 +42,7 @@ def transformer_config(model: ModelConfig, *, precision: str = "fp32") -> Transf
     host = {
         "use_cpu_initialization": on_cpu,
         "masked_softmax_fusion": not on_cpu,
-        "bias_activation_fusion": not on_cpu and has_fused_activation(model),
+        "bias_activation_fusion": not on_cpu and model.has_fused_activation(),
     }
     tensor_parallel_size = parallel_state.get_tensor_model_parallel_world_size()
     field = "parallel.tensor_model_parallel_size"
@@ -72,14 +72,6 @@ def transformer_config(model: ModelConfig, *, precision: str = "fp32") -> Transf
         # There attention has a rotary embedding of its own.
         return MLATransformerConfig(**kwargs, rotary_base=model.rotary_base, rotary_percent=model.rotary_percent)
     return TransformerConfig(**kwargs)
-
-
-def has_fused_activation(model: ModelConfig) -> bool:
-    """Whether Megatron-Core's fused activations compute what `model` says in all kinds of MLPs, and not an error.
-
-    Its fused gelu is an approximation, and its experts' SwiGLU knows no biases.
-    """
-    return model.activation == "silu" and model.gated_linear_unit and not model.add_bias_linear
 
 
 def _init_methods(model: ModelConfig) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:

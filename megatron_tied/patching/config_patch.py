@@ -96,7 +96,7 @@ def _launched_with_yaml(path: Path, text: str, file: ShellFile, launcher: bool) 
 def _check_started(launches: Sequence[Launch]) -> None:
     """Raise ConfigError if nothing that a script starts can know our flags, or something that gets them cannot."""
     name = launches[0].name
-    by_deepspeed = [launch.name for launch in launches if launch.by_deepspeed]
+    by_deepspeed = [launch.name for launch in launches if launch.by_deepspeed and not launch.converts]
     if all(launch.converts for launch in launches):
         valid = "converts a checkpoint and trains nothing: must be a script that Megatron-LM's flags train with"
         raise ConfigError(Problem("FILE", name, valid))
@@ -128,7 +128,7 @@ def _yaml(path: Path, text: str, request: TieRequest, launcher: bool) -> ConfigP
     if file is None:
         raise ConfigError(Problem("FILE", str(path), _NO_EXPERTS.format(f"{ANCHOR} or num_moe_experts")))
     found = _tie_flags(file.arguments)
-    tie = request.tie_of(found)
+    tie = request.tie if file.kind == "bridge" else request.tie_of(found)  # what reads a recipe skips such keys
     saved, notes = _savings(file.arguments, tie)
     warnings = _warnings(file.arguments, tie)
     if file.kind == "bridge":

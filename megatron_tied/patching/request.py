@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron_tied.errors import ConfigError, Problem
-from megatron_tied.megatron_lm.arguments import NAMES, add_tie_arguments, flag, tie_config
+from megatron_tied.megatron_lm.arguments import NAMES, add_tie_arguments, flag, in_flags, tie_config
 from megatron_tied.topology import TieConfig
 
 GROUP_SIZE = 4  # where the user gives none
@@ -50,9 +50,12 @@ class TieRequest:
             return self.tie
         parser = add_tie_arguments(ArgumentParser(exit_on_error=False))
         try:
-            return tie_config(parser.parse_args([f"{name}={value}" for name, value in found.items()]))
+            tie = tie_config(parser.parse_args([f"{name}={value}" for name, value in found.items()]))
         except ArgumentError as error:
             raise ConfigError(Problem(error.argument_name or "", None, error.message)) from None
+        if problems := tie.problems():
+            raise ConfigError(map(in_flags, problems))
+        return tie
 
     def missing_from(self, found: Mapping[str, str | None]) -> dict[str, str]:
         """The flags that a file lacks which has `found` already; None: a value that cannot be known.

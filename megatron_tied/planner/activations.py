@@ -231,7 +231,7 @@ def _mlp_saved(model: ModelConfig, kernels: Kernels) -> int:
     """
     if not model.gated_linear_unit:
         return 2
-    return 3 if kernels.fused_activation else 5
+    return 3 if kernels.fused_activation and model.has_fused_activation() else 5
 
 
 class LossActivations(NamedTuple):

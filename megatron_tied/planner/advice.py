@@ -23,7 +23,7 @@ class Change(NamedTuple):
 
 
 def dominating(plan: Plan) -> str:
-    """The largest part of a plan's memory and of its step, in a sentence."""
+    """The largest part of a plan's memory and of its step, for people."""
     part, size = max(plan.memory.parts.items(), key=lambda item: item[1])
     work, seconds = max(plan.time.seconds.items(), key=lambda item: item[1])
     return (

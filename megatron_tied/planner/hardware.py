@@ -69,10 +69,10 @@ def load_hardware(choice: str) -> Hardware:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(Problem("--hardware", choice, f"must be NAME or FILE:NAME of a YAML file: {error}")) from None
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        valid = f"must be in a YAML file of entries such as {_OURS.name} has: {path} is none"
+    key = name if isinstance(entries, dict) and name in entries else name.lower()
+    if not isinstance(entries, dict) or not isinstance(entries.get(key, {}), dict):
+        valid = f"must be an entry of a YAML file, such as {_OURS.name} has; {path} has none"
         raise ConfigError(Problem("--hardware", choice, valid))
-    key = name if name in entries else name.lower()
     if key not in entries:
         known = list(entries)
         close = get_close_matches(name.lower(), map(str, known), n=1)

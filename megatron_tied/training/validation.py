@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -14,7 +14,6 @@ from megatron_tied.errors import ConfigError, Problem
 
 _UNKNOWN_KEY = frozenset({"extra_forbidden", "unexpected_keyword_argument"})
 
-_ENTRY = "a list whose entry"
 # Pydantic's error types, continuing "must be ...".
 _VALID: Mapping[str, str] = {
     "missing": "given",
@@ -39,6 +38,13 @@ _VALID: Mapping[str, str] = {
 }
 
 
+class _Want(NamedTuple):
+    """What is asked for, of the value or of one entry of it."""
+
+    entry: int | None
+    text: str
+
+
 def to_json(value: object) -> str:
     """JSON: only there does pydantic's strict mode take lists for tuples and mappings for dataclasses."""
     return json.dumps(value, default=repr)
@@ -48,7 +54,7 @@ def problems_of(error: ValidationError, given: Mapping[str, Any], known: Iterabl
     """All findings of `error` about the config `given`; `known` are the dotted keys that there are."""
     known = list(known)
     problems: list[Problem] = []
-    wants: dict[str, list[str]] = {}
+    wants: dict[str, list[_Want]] = {}
     for item in error.errors(include_url=False):
         # Behind a key come places within its value: list entries, members of a union.
         depth = 3 if item["type"] in _UNKNOWN_KEY or ".".join(map(str, item["loc"][:3])) in known else 2
@@ -82,25 +88,29 @@ def nearest(field: str, known: Iterable[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else ""
 
 
-def _want(item: ErrorDetails, inside: tuple[int | str, ...]) -> str:
+def _want(item: ErrorDetails, inside: tuple[int | str, ...]) -> _Want:
     """What one finding asks for; `inside` is its place within the value: list entries, members of a union."""
     context = item.get("ctx", {})
-    entries = [place for place in inside if isinstance(place, int)]
-    if item["type"] == "missing" and entries:
-        return f"a list of at least {entries[0] + 1}"
+    entry = next((place for place in inside if isinstance(place, int)), None)
+    if item["type"] == "missing" and entry is not None:
+        return _Want(None, f"a list of at least {entry + 1}")
     if item["type"] == "value_error":
-        want = str(context["error"]).removeprefix("must be ")
-    elif item["type"] in _VALID:
-        want = _VALID[item["type"]].format_map(context)
-    else:
-        want = item["msg"].removeprefix("Input should be ")
-    return f"{_ENTRY} {entries[0]} is {want}" if entries else want
+        return _Want(entry, str(context["error"]).removeprefix("must be "))
+    if item["type"] in _VALID:
+        return _Want(entry, _VALID[item["type"]].format_map(context))
+    return _Want(entry, item["msg"].removeprefix("Input should be "))
 
 
-def _must_be(wants: list[str]) -> str:
-    # Entries are all to be so, members of a union one of them.
-    joint = " and " if all(want.startswith(_ENTRY) for want in wants) else " or "
-    return f"must be {joint.join(dict.fromkeys(wants))}"
+def _must_be(wants: list[_Want]) -> str:
+    """One of what is asked for of the value, or of each of its entries."""
+    by_entry: dict[int | None, list[str]] = {}
+    for want in wants:
+        by_entry.setdefault(want.entry, []).append(want.text)
+    either = {entry: " or ".join(dict.fromkeys(texts)) for entry, texts in by_entry.items()}
+    whole = [either[None]] if None in either else []
+    if entries := [f"entry {entry} is {text}" for entry, text in either.items() if entry is not None]:
+        whole.append(f"a list whose {' and '.join(entries)}")
+    return f"must be {' or '.join(whole)}"
 
 
 def _lookup(given: Mapping[str, Any], field: str) -> object:

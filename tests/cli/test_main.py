@@ -150,4 +150,20 @@ def test_who_reads_no_further_ends_it_quietly(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "megatron_tied.cli.main", *arguments]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     started.stdout.close()
-    assert (started.stderr.read(), started.wait()) == ("", 0)
+    assert (started.stderr.read(), started.wait()) == ("", 141)
+
+
+def test_who_reads_no_further_does_not_cost_what_is_written(tmp_path: Path) -> None:
+    script = shutil.copy(CASES / "command.sh", tmp_path)
+    before = Path(script).read_text()
+    command = [sys.executable, "-m", "megatron_tied.cli.main", "patch", str(script)]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started.stdout.close()
+    assert (started.stderr.read(), started.wait()) == ("", 141)
+    assert "--moe-tie-group-size" in Path(script).read_text() != before
+
+
+def test_without_an_output_at_all() -> None:
+    command = f"{sys.executable} -m megatron_tied.cli.main plan --arch olmoe --world-size 8 --json >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.stderr, done.returncode) == ("", 0)

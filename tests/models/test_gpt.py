@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tied import ConfigError, ModelConfig, TieConfig, build_gpt_model, tied_decoder_block_spec
 from megatron_tied.layers.attention import ProjectionRMSNorm, _Clip
-from megatron_tied.models.gpt import has_fused_activation, transformer_config
+from megatron_tied.models.gpt import transformer_config
 from megatron_tied.planner.parameters import count_parameters
 from tests.distributed.training_run import Case, load_reference
 from tests.distributed.training_run import model_config as config_of_reference
@@ -306,7 +306,9 @@ def test_a_native_megatron_config_takes_the_tied_spec():
         ({"activation": "gelu"}, False),
         ({"gated_linear_unit": False}, False),
         ({"add_bias_linear": True, "expert_backend": "sequential"}, False),
+        ({"activation_func_clamp_value": 7.0, "expert_backend": "sequential"}, False),
+        ({"glu_linear_offset": 1.0, "expert_backend": "sequential"}, False),
     ],
 )
 def test_activations_are_fused_where_that_is_the_same_function(fields: dict[str, Any], is_fused: bool) -> None:
-    assert has_fused_activation(ModelConfig.resolve(FIELDS | fields)) == is_fused
+    assert ModelConfig.resolve(FIELDS | fields).has_fused_activation() == is_fused

@@ -403,12 +403,16 @@ def test_a_tied_file_is_judged_by_what_it_says() -> None:
     assert patch.saved.topology.describe() == "4 layers: [0 1 2 3]"
     unknown = patch_text(Path("run.sh"), TIED_SCRIPT.format(layers=8, last="$LAST"), TieRequest.of({}))
     assert unknown.saved.topology.describe() == "8 layers: 0 1 [2 3 4 5] 6 7"  # what would be asked for
+    with pytest.raises(ConfigError, match="--moe-tie-skip-last = -1: must be an integer >= 0"):
+        patch_text(Path("run.sh"), TIED_SCRIPT.format(layers=4, last=-1), TieRequest.of({}))
     with pytest.raises(ConfigError, match="--moe-tie-skip-last = None: invalid int value: 'few'"):
         patch_text(Path("run.sh"), TIED_SCRIPT.format(layers=4, last="few"), TieRequest.of({}))
 
 
 def test_a_script_that_also_starts_megatron_deepspeed_is_refused() -> None:
     text = "torchrun pretrain_gpt.py --num-experts 8\ndeepspeed pretrain_other.py --num-experts 8\n"
+    convert = text.replace("pretrain_other.py", "tools/convert_ckpt.py")
+    assert patch_text(Path("run.sh"), convert, TieRequest.of({})).changes
     with pytest.raises(ConfigError, match=r"pretrain_other\.py.*is started by deepspeed, and Megatron-DeepSpeed"):
         patch_text(Path("run.sh"), text, TieRequest.of({}))
 

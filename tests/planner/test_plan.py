@@ -409,8 +409,8 @@ def test_precisions_without_a_speed_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("mine: 3", "must be in a YAML file of entries such as hardware.yaml has"),
-        ("", "must be in a YAML file of entries such as hardware.yaml has"),
+        ("mine: 3", "must be an entry of a YAML file, such as hardware.yaml has"),
+        ("", "must be an entry of a YAML file, such as hardware.yaml has"),
         ("mine: {tflops: 3}", "mine.memory_gb = None: must be given"),
         ("mine: {matmul_efficiency: 0}", "mine.matmul_efficiency = 0: must be greater than 0"),
     ],

@@ -202,7 +202,7 @@ def test_bytes_that_are_no_text(config_file: Path):
         ("optimizer.preset=tying", "optimizer.preset = 'tying': must be 'tying_the_loop'"),
         (
             "tie.banks=[a,b]",
-            "tie.banks = ['a', 'b']: must be a list whose entry 0 is an integer and a list whose entry 1 is an integer",
+            "tie.banks = ['a', 'b']: must be a list whose entry 0 is an integer and entry 1 is an integer",
         ),
         ("optimizer.freeze=[norm]", "optimizer.freeze = ['norm']: must be a list whose entry 0 is 'norms'"),
         ("optimizer.lr=-1", "optimizer.lr = -1: must be > 0"),
