@@ -9,7 +9,7 @@ python=${PYTHON:-python3}
   echo "error: $("$python" --version) is too old: Python 3.11 or newer is needed (set PYTHON=/path/to/python)" >&2
   exit 2
 }
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+[ -x .venv/bin/pip ] || "$python" -m venv .venv  # again, where a first time was cut off
 stamp=.venv/installed${1:+-$1}
 if [ ! -e "$stamp" ] || [ setup.py -nt "$stamp" ]; then
   echo "Installing into .venv (a few minutes the first time) ..."

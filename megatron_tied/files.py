@@ -32,8 +32,13 @@ def write_whole(path: Path, text: str, like: Path | None = None) -> None:
 def replacing(path: Path, like: Path | None = None) -> Iterator[BinaryIO]:
     """What is written into the stream becomes the content of `path` in one step, if the context ends without an error.
 
-    like: a file whose mode it gets.
+    A link stays one, and a device or pipe is written to as it is. like: a file whose mode it gets.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        with path.open("wb") as stream:
+            yield stream
+        return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as stream:

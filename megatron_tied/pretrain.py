@@ -16,6 +16,7 @@ from typing import NoReturn
 from megatron_tied.bad_input import BAD_INPUT, PATIENCE_SECONDS, tell
 from megatron_tied.checkpoint.directory import how_to_go_on
 from megatron_tied.errors import ConfigError, Problem, TrainingStopped
+from megatron_tied.run_directory import CONFIG, METRICS
 from megatron_tied.training.config import RunConfig
 from megatron_tied.training.config_file import load_config
 from megatron_tied.training.exits import end_workers
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     finally:
         end_workers()
+        _let_go_of_output()
     return 0
 
 
@@ -68,7 +70,13 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def _read_config(arguments: argparse.Namespace) -> RunConfig:
     config = load_config(arguments.config, arguments.overrides)
-    if problems := config.problems(int(os.environ.get("WORLD_SIZE", 1))):
+    problems = config.problems(int(os.environ.get("WORLD_SIZE", 1)))
+    run_dir = Path(config.train.run_dir)
+    resolved = run_dir / CONFIG
+    if resolved.exists() and resolved.samefile(arguments.config) and not (run_dir / METRICS).exists():
+        valid = f"must not hold {arguments.config} itself: a run's {CONFIG} is the resolved one, and would replace it"
+        problems.append(Problem("train.run_dir", config.train.run_dir, valid))
+    if problems:
         raise ConfigError(problems)
     return config
 
@@ -81,6 +89,14 @@ def _end(error: ConfigError | TrainingStopped, code: int, *, told_here: bool) ->
     else:
         print(f"error: {error}", file=sys.stderr)
     return code
+
+
+def _let_go_of_output() -> None:
+    """What a full disk has not taken is dropped: else Python would try again at the exit, and end with code 120."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

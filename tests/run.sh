@@ -24,6 +24,9 @@ if [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/n
   fi
   { timeout 120 apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get -qq install -y \
     --no-install-recommends "${packages[@]}"; } >/dev/null 2>&1 || echo "not installed: what needs them is skipped"
+  # Not left to the trap: what replaces this shell runs none.
+  [ -z "$(trap -p EXIT)" ] || rm -f "$policy"
+  trap - EXIT
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

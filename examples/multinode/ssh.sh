@@ -16,7 +16,7 @@ if [ "${#hosts[@]}" = 0 ]; then
 fi
 
 end_all() {
-  trap '' TERM INT
+  trap '' TERM INT HUP
   local host
   for host in "${hosts[@]}"; do
     # The brackets: the pattern matches the launcher, and not the shell that runs this.
@@ -25,7 +25,7 @@ end_all() {
   done
   wait
 }
-trap 'end_all; exit 143' TERM INT
+trap 'end_all; exit 143' TERM INT HUP
 
 sent=(PATH="$PATH")
 for name in NIC NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME DEEPSPEED_TIMEOUT TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC \

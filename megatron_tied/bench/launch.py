@@ -18,6 +18,7 @@ from megatron_tied.bench.messages import read_line, result_of
 from megatron_tied.bench.progress import Done, Progress
 from megatron_tied.bench.results import Result
 from megatron_tied.errors import ConfigError
+from megatron_tied.training.launcher import free_port
 
 _LAST_LINES = 30
 # Where torchrun begins to tell that a rank has failed, which that rank has told itself.
@@ -64,7 +65,9 @@ def _found(job: Job, progress: Progress) -> Any:
     with tempfile.TemporaryDirectory(prefix="megatron-tied-bench-") as directory:
         file = Path(directory, "job.json")
         file.write_text(job.encode(), encoding="utf-8")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.ranks}"]
+        # Not --standalone, whose agent listens on every interface and unpickles what it is told there.
+        where = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={job.ranks}"]
         command += ["--module", "megatron_tied.bench", str(file)]
         ranks = subprocess.Popen(
             command,

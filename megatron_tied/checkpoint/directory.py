@@ -54,7 +54,8 @@ class CheckpointDirectory:
     def begin(self, step: int) -> None:
         """Make an empty staging directory, and remove what killed runs have left of theirs."""
         for remnant in self.root.glob(".step_*"):
-            shutil.rmtree(remnant)
+            # Another step's may be held open, by somebody's reading on NFS: this save does without its place.
+            shutil.rmtree(remnant, ignore_errors=remnant != self.staging(step))
         for remnant in self.root.glob(f".{LATEST}.*"):
             remnant.unlink()
         self.staging(step).mkdir()

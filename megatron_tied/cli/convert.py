@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from types import FrameType
 
 from megatron_tied.cli.options import Subparsers
+from megatron_tied.cli.terminable import Terminated
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.topology import TieConfig
 
@@ -86,38 +83,14 @@ def _run(args: argparse.Namespace) -> int:
         verify=not args.no_verify,
     )
     try:
-        with _terminable():
-            convert(asked)
+        convert(asked)
     except KeyboardInterrupt:
         return _failed("interrupted", asked.output, 130)
-    except _Terminated:
+    except Terminated:
         return _failed("terminated", asked.output, 128 + signal.SIGTERM)
     except OSError as error:
         return _failed(str(error), asked.output, 1)
     return 0
-
-
-class _Terminated(BaseException):
-    """SIGTERM has come. Like KeyboardInterrupt no `Exception`, which somebody might handle."""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises `_Terminated` while the context lasts, so that what was begun is removed."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        # Schedulers signal more than once: the next must not end the removing.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _tie(args: argparse.Namespace) -> TieConfig | None:

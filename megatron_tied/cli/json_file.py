@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_tied.errors import ConfigError, Problem
+from megatron_tied.files import write_whole
 
 
 def check_place(path: Path | None) -> None:
@@ -24,7 +25,7 @@ def check_place(path: Path | None) -> None:
 def write_json(path: Path, content: Mapping[str, object]) -> bool:
     """Write `content`; whether that went well, and if not, the reason is told."""
     try:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         print(f"error: --json {path} could not be written: {error.strerror}", file=sys.stderr)
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,7 @@ from megatron_tied.cli import (
     report,
     supervise,
 )
+from megatron_tied.cli.terminable import Terminated, terminable
 from megatron_tied.errors import ConfigError
 
 _COMMANDS = (
@@ -39,16 +41,17 @@ _COMMANDS = (
     doctor,
     supervise,
 )
-_INTERRUPTED, _UNREAD = 130, 141
+_INTERRUPTED, _UNREAD, _TERMINATED = (128 + number for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns the exit code: 2 for bad input, which is told on stderr, 130 after Ctrl-C.
 
-    141 where nobody reads what it prints, as of a program that SIGPIPE ends.
+    143 after SIGTERM, 141 where nobody reads what it prints, as of a program that SIGPIPE ends.
     """
     try:
-        code = _run(argv)
+        with terminable():
+            code = _run(argv)
         print(end="", flush=True)  # also where there is no standard output
     except ConfigError as error:
         tell(error, sys.stderr)
@@ -56,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return _TERMINATED
     except BrokenPipeError:  # nobody reads on, and nothing is to be written at the exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _UNREAD

@@ -95,14 +95,24 @@ class Staging:
         sync(self.prefix.parent)
 
     def _take_lock(self) -> None:
+        if not (self._is_locked() and self._is_there()):
+            raise ConfigError(self._problem("is being written by another run"))
+
+    def _is_locked(self) -> bool:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Not so when the run that held it has just removed its directory, lock and all.
-            ours = os.path.samestat(os.fstat(self._lock), os.stat(self.path(".lock")))
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return True
+        return True
+
+    def _is_there(self) -> bool:
+        """Not so when the run that held the lock has just removed its directory, lock and all."""
+        try:
+            return os.path.samestat(os.fstat(self._lock), os.stat(self.path(".lock")))
         except OSError:
-            ours = False
-        if not ours:
-            raise ConfigError(self._problem("is being written by another run"))
+            return False
 
     def _refuse_existing(self) -> None:
         # With its metadata still staged, a run died while renaming: the other files are remnants of it.

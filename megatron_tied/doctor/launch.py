@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_tied.doctor.findings import Finding, Level, has_errors
@@ -13,6 +14,7 @@ from megatron_tied.doctor.request import END, Request, read_line
 
 NAME = "launch"
 _LAST_LINES = 30
+_PATIENCE_SECONDS = 30
 
 
 def examine_hosts(hostfile: Path, request: Request, launcher_options: Sequence[str]) -> tuple[list[Finding], list[str]]:
@@ -32,9 +34,13 @@ def examine_hosts(hostfile: Path, request: Request, launcher_options: Sequence[s
             else:
                 others.append(line.rstrip("\n"))
         code = launcher.wait()
-    except KeyboardInterrupt:
-        # The terminal has told the launcher, too: it ends what it has started on the hosts.
-        launcher.wait()
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt):
+            launcher.terminate()
+        # Else the terminal has told it, too: it ends what it has started on the hosts. What it still says is read.
+        with suppress(subprocess.TimeoutExpired):
+            launcher.communicate(timeout=_PATIENCE_SECONDS)
+        launcher.kill()
         raise
     if ended and (code == 0 or has_errors(findings)):
         return findings, []

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -197,4 +197,5 @@ def _on(hosts: dict[str, int]) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"supervise: {line}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # a full disk under the log is no reason not to go on
+        print(f"supervise: {line}", file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from megatron_tied.training.lost_ranks import Loss, causes, last_line, tell
 CONNECT_SECONDS = 10.0  # in which a rank has reached the first one, and has said who it is
 
 _BEATS_PER_TIMEOUT = 10
+_STRANGERS = 16  # beside the ranks, who may connect before they have said who they are
 _LONGEST_INTERVAL = 1.0  # seconds
 _PATIENCE = 20  # timeouts
 _FAREWELL_SECONDS = 1.0  # in which those who are told to end do so
@@ -145,6 +146,9 @@ class HeartbeatThread(threading.Thread):
         try:
             accepted, _ = listener.accept()
         except OSError:  # gone again
+            return
+        if len(self._newcomers) > len(self._hosts) + _STRANGERS:
+            accepted.close()
             return
         newcomer = Newcomer(Connection(accepted), time.monotonic() + CONNECT_SECONDS)
         self._newcomers.append(newcomer)

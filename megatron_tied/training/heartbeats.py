@@ -115,7 +115,7 @@ class Newcomer:
             return None
         first, *self.further = messages
         said, rank = first.get("secret"), first.get("rank")
-        if not isinstance(said, str) or not hmac.compare_digest(said.encode(), secret.encode()):
+        if not isinstance(said, str) or not hmac.compare_digest(said.encode(errors="replace"), secret.encode()):
             raise ConnectionLostError("it does not know the secret")
         if not isinstance(rank, int) or not 0 < rank < ranks:
             raise ConnectionLostError("it is no rank of this run")

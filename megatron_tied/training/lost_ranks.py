@@ -45,7 +45,8 @@ def tell(
     first = next(iter(losses.values()))
     what = "failed" if first.kind == "failed" else "lost"
     ends = "Every rank ends here" if ends_all else "The other ranks wait for it (train.liveness_timeout is 0)"
-    print(f"error: {what}: {who}: {first.how}. {ends}{_way_on(run_dir)}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # on a full disk all ranks are to end, too
+        print(f"error: {what}: {who}: {first.how}. {ends}{_way_on(run_dir)}", file=sys.stderr, flush=True)
 
 
 def _way_on(run_dir: Path) -> str:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
+
+
+def _whoever_reads() -> AbstractContextManager[None]:
+    """A full disk under the log, or a terminal that is gone, ends no run."""
+    return suppress(OSError)
 
 
 class Progress:
@@ -27,14 +33,16 @@ class Progress:
 
     def advance(self) -> None:
         """One step is done."""
-        self._bar.update()
+        with _whoever_reads():
+            self._bar.update()
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the figures of a logged step."""
         if not self._enabled:
             return
         if not self._bar.disable:
-            self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
+            with _whoever_reads():
+                self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
             return
         left = tqdm.format_interval((self._steps - step) * metrics["step_seconds"])
         self.say(
@@ -45,7 +53,8 @@ class Progress:
     def say(self, line: str) -> None:
         """Print a line without breaking the bar."""
         if self._enabled:
-            tqdm.write(line, file=sys.stderr)
+            with _whoever_reads():
+                tqdm.write(line, file=sys.stderr)
 
     def __enter__(self) -> Self:
         return self
@@ -53,4 +62,5 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        with _whoever_reads():
+            self._bar.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from megatron_tied.training.optimizer import build_optimizer
 from megatron_tied.training.plan_check import PlanCheck
 from megatron_tied.training.progress import Progress
 from megatron_tied.training.resume import Start
+from megatron_tied.training.run_lock import RunLock
 from megatron_tied.training.schedule import lr_schedule
 from megatron_tied.training.signals import StopSignals
 from megatron_tied.training.startup import check_model, join_processes, prepare_run, split_argument
@@ -47,8 +49,9 @@ def run(config: RunConfig) -> None:
         with (
             Liveness(config.train.liveness_timeout, Path(config.train.run_dir)) as liveness,
             StopSignals() as signals,
+            RunLock(Path(config.train.run_dir)) as lock,
         ):
-            config, start = prepare_run(config)
+            config, start = prepare_run(config, lock)
             parallel = config.parallel
             initialize_model_parallel(parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size)
             check_model(config)
@@ -151,7 +154,8 @@ def _introduction(config: RunConfig) -> str:
 
 def _say(line: str) -> None:
     if torch.distributed.get_rank() == 0:
-        print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):  # a full disk or a terminal that is gone ends no run
+            print(line, file=sys.stderr, flush=True)
 
 
 def _datasets(config: RunConfig) -> Datasets:

@@ -28,6 +28,7 @@ from megatron_tied.training.config_file import save_config
 from megatron_tied.training.deepspeed_section import refused_by_deepspeed
 from megatron_tied.training.launcher import free_port
 from megatron_tied.training.resume import Start, checkpoint_directory, choose_start
+from megatron_tied.training.run_lock import RunLock
 from megatron_tied.training.validation import to_json
 from megatron_tied.training.vocabulary import vocabulary_size, with_vocabulary
 
@@ -43,11 +44,11 @@ def join_processes() -> None:
     start_distributed()
 
 
-def prepare_run(config: RunConfig) -> tuple[RunConfig, Start]:
+def prepare_run(config: RunConfig, lock: RunLock) -> tuple[RunConfig, Start]:
     """Check what a run finds on this machine, choose where it begins, and make its directory, with `config.yaml`.
 
-    Returns the config, with the tokenizer's vocabulary size where it named none, and the start. Raises `ConfigError`
-    on every rank, with the problems of all. A collective.
+    `lock` is held when it returns. Returns the config, with the tokenizer's vocabulary size where it named none, and
+    the start. Raises `ConfigError` on every rank, with the problems of all. A collective.
     """
     try:
         config = with_vocabulary(config)
@@ -57,7 +58,7 @@ def prepare_run(config: RunConfig) -> tuple[RunConfig, Start]:
     _agree(problems)
     _check_shared(config)
     start = choose_start(config)
-    _agree(_create_run_directory(config))
+    _agree(_create_run_directory(config, lock))
     _check_shared(config)
     return config, start
 
@@ -121,12 +122,14 @@ def _agree(problems: list[Problem]) -> None:
         raise ConfigError(found)
 
 
-def _create_run_directory(config: RunConfig) -> list[Problem]:
+def _create_run_directory(config: RunConfig, lock: RunLock) -> list[Problem]:
     if torch.distributed.get_rank() != 0:
         return []
     directory = Path(config.train.run_dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if problem := lock.take():
+            return [problem]
         save_config(config, directory / CONFIG)
         if config.checkpoint.save_every:
             checkpoint_directory(config).root.mkdir(exist_ok=True)

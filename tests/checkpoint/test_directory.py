@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,23 @@ def test_what_a_path_means(directory: CheckpointDirectory, tmp_path: Path) -> No
         (run.root / "latest").write_bytes(content)
         with pytest.raises(BrokenCheckpointError, match=told):
             resolve(tmp_path / "run")
+
+
+def test_a_remnant_that_cannot_be_removed_stops_no_save(
+    directory: CheckpointDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = directory.root / ".step_00000005.removed"
+    held.mkdir()
+    remove = shutil.rmtree
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if path != held:
+            remove(path, ignore_errors=ignore_errors)
+        elif not ignore_errors:
+            raise OSError(16, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    directory.staging(10).mkdir()
+    directory.begin(10)
+    assert list(directory.staging(10).iterdir()) == []
+    assert held.is_dir()

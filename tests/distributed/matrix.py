@@ -106,7 +106,7 @@ def worst_errors(trace: dict[str, Any], expected: ReferenceTrace) -> dict[str, f
         for name, value in values.items()
     ]
     return {
-        "loss": max(figures),
+        "loss": torch.tensor(figures).max().item(),  # NaN if one is
         "first gradient": _worst_tensor(trace["first_gradients"], expected.first_gradients),
         "last gradient": _worst_tensor(trace["last_gradients"], expected.last_gradients),
         "final weight": _worst_tensor(trace["final_weights"], expected.final_weights),

@@ -24,7 +24,7 @@ REGIMES = [
 
 def _assert_right(job: Job, cases: list[Case]) -> None:
     for case, errors in zip(cases, run_cases(job, WORLD, cases), strict=True):
-        too_large = {name: error for name, error in errors.items() if error > LIMITS[name]}
+        too_large = {name: error for name, error in errors.items() if not error <= LIMITS[name]}
         assert not too_large, f"{job}, {case}: {too_large}"
 
 

@@ -69,6 +69,8 @@ def test_expert_parallelism_changes_nothing(variant: str, results: dict[str, lis
         assert figures == pytest.approx(expected, rel=1e-5)
     for name, expected in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], expected, rtol=1e-5, atol=1e-6, msg=f"{variant}: {name}")
+    assert one["biases"].keys() == two["biases"].keys()
+    assert all(torch.equal(two["biases"][name], bias) for name, bias in one["biases"].items())
 
 
 @pytest.mark.parametrize("variant", ["offload of optimizer states", "offload of states and parameters"])

@@ -19,7 +19,7 @@ RECOMPUTE = [
 
 def assert_right(job: Job, world: int, cases: list[Case]) -> None:
     for case, errors in zip(cases, run_cases(job, world, cases), strict=True):
-        too_large = {name: error for name, error in errors.items() if error > LIMITS[name]}
+        too_large = {name: error for name, error in errors.items() if not error <= LIMITS[name]}
         assert not too_large, f"{job}, {case}: {too_large}"
 
 

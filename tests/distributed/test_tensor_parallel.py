@@ -67,7 +67,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def _assert_right(job: Job, world: int, cases: list[Case]) -> None:
     for case, errors in zip(cases, run_cases(job, world, cases), strict=True):
-        too_large = {name: error for name, error in errors.items() if error > LIMITS[name]}
+        too_large = {name: error for name, error in errors.items() if not error <= LIMITS[name]}
         assert not too_large, f"{job}, world {world}, {case}: {too_large}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -13,8 +14,13 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from megatron_tied import ConfigError, TiedMoEEngine, initialize, parameter_groups
+from megatron_tied.engine.ds_config import build_deepspeed_config
 from megatron_tied.engine.gradient_norm import clip_gradients, global_gradient_norm
+from megatron_tied.engine.partitions import fragments
+from megatron_tied.errors import TrainingStopped
 from megatron_tied.layers.moe_layer import tied_layers
+from megatron_tied.training.guards import check_step
+from megatron_tied.training.sections import TrainConfig
 from tests.tiny_model import Inputs, build, gradients, inputs, loss
 
 pytestmark = pytest.mark.usefixtures("launched")
@@ -281,6 +287,47 @@ def test_half_precision_keeps_router_losses_and_language_loss_in_proportion(stag
     for name in ("decoder.layers.2.mlp.router.weight", "decoder.layers.1.mlp.experts.fc1_weight"):
         expected = gradients(model)[name]
         assert (found[name].float() / scale - expected).norm() < 0.03 * expected.norm()
+
+
+RUN = {
+    "micro_batch_size": 2,
+    "global_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "clip_grad": 1.0,
+    "expert_parallel_size": 1,
+    "tensor_parallel_size": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [*((stage, "fp32") for stage in range(4)), *((stage, "bf16") for stage in (1, 2, 3))]
+)
+def test_a_step_without_finite_gradients_is_discarded(stage: int, precision: str) -> None:
+    config = build_deepspeed_config({"zero_optimization": {"stage": stage}}, **RUN, precision=precision)
+    engine = initialize(build(precision=precision), config, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))[0]
+
+    def take_step(factor: float) -> dict[str, Tensor]:
+        """The weights that the optimizer holds afterwards."""
+        engine.backward(loss(engine, inputs()) * factor)
+        engine.step()
+        return {fragment.parameter: fragment.tensors["weight"].clone() for fragment in fragments(engine)}
+
+    def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+        return {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+
+    first = take_step(1.0)
+    assert check_step(engine, 1, TrainConfig(run_dir="run")) is None
+    assert changed(first, take_step(math.inf)) == set()
+    assert not engine.was_step_applied()
+    told = "step 2: the gradient norm is not finite, the update was discarded"
+    assert check_step(engine, 2, TrainConfig(run_dir="run", on_nonfinite="skip")) == told
+    with pytest.raises(TrainingStopped, match=rf"^{told}\. Lower optimizer\.lr"):
+        check_step(engine, 2, TrainConfig(run_dir="run"))
+    # Nothing of it is left in the next one.
+    after = take_step(1.0)
+    assert changed(first, after)
+    assert all(weight.isfinite().all() for weight in after.values())
+    assert check_step(engine, 3, TrainConfig(run_dir="run")) is None
 
 
 def test_a_model_whose_tie_came_apart_is_refused():

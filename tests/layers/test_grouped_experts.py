@@ -107,7 +107,8 @@ def test_bf16_keeps_its_dtype_and_comes_near():
     tokens, probs, counts = torch.randn(10, HIDDEN), torch.rand(10), torch.tensor(COUNTS[0])
     output, _ = half(tokens.bfloat16(), counts, probs)
     assert {output.dtype, *(weight.dtype for weight in half.parameters())} == {torch.bfloat16}
-    torch.testing.assert_close(output.float(), full(tokens, counts, probs)[0], rtol=0.05, atol=0.01)
+    expected, _ = full(tokens, counts, probs)
+    assert (output.float() - expected).norm() < 0.02 * expected.norm()
 
 
 def test_parameters_are_as_documented():

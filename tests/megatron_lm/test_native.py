@@ -15,7 +15,7 @@ def _check(job: Job, world: int, cases: list[NativeCase]) -> None:
     for case, trace in zip(cases, traces, strict=True):
         expected = reference(job, world // case.pp * case.accumulation, case.lr_divisor)
         errors = worst_errors(trace, expected)
-        too_large = {name: error for name, error in errors.items() if error > LIMITS[name]}
+        too_large = {name: error for name, error in errors.items() if not error <= LIMITS[name]}
         assert not too_large, f"world {world}, {case}: {too_large}"
 
 

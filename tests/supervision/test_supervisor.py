@@ -180,6 +180,31 @@ def test_as_many_hosts_as_the_config_allows(supervised: Supervised) -> None:
     assert supervised.starts[1]["hosts"] == ["gone0 slots=1", "gone2 slots=1", ""]
 
 
+def test_fewer_hosts_than_are_asked_for(supervised: Supervised) -> None:
+    supervised.down("gone1")
+    launcher = hostfile(supervised, 4, 1)
+    supervised.start({"exit": 75}, options=("--restarts", "1", "--min-hosts", "4"), launcher=launcher)
+    code, said = supervised.finish()
+    assert (code, len(supervised.starts)) == (75, 1)
+    assert said[0] == "supervise: 3 of 4 hosts answer, and the run cannot go on there: --min-hosts is 4"
+
+
+@pytest.mark.parametrize(("option", "value"), [("--restarts", "-1"), ("--min-hosts", "0"), ("--min-hosts", "2")])
+def test_counts_that_cannot_be(
+    supervised: Supervised,
+    option: str,
+    value: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", str(supervised.directory / "bin"))
+    run = ["deepspeed", "--module", "megatron_tied.pretrain", "--config", str(supervised.config)]
+    options = {"--restarts": "1", option: value}
+    words = [word for pair in options.items() for word in pair]
+    assert cli.main(["supervise", *words, "--", *run]) == 2
+    assert f"{option} = {value}: must be " in capsys.readouterr().err
+
+
 def test_too_few_hosts(supervised: Supervised) -> None:
     supervised.down("gone1")
     launcher = hostfile(supervised, 2, 1)

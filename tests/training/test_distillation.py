@@ -275,7 +275,8 @@ def test_a_recovery_does_not_depend_on_ranks_stage_and_recompute(recovered: Reco
 def test_in_bf16_it_is_the_same_to_rounding(recovered: Recovered) -> None:
     for metric in METRICS:
         expected = series(recovered.directory / "ep2", metric)
-        assert series(recovered.directory / "bf16", metric) == pytest.approx(expected, rel=0.1, abs=1e-4), metric
+        rel = 0.1 if metric.startswith("distill") else 0.01
+        assert series(recovered.directory / "bf16", metric) == pytest.approx(expected, rel=rel, abs=1e-4), metric
 
 
 def test_a_recovery_that_goes_on_is_the_same_bit_for_bit(recovered: Recovered) -> None:

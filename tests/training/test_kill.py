@@ -11,13 +11,13 @@ import pytest
 
 from tests.training.runs import ROOT, Corpus, config_values, environment, series
 
-STEPS, EVERY, KILLS = 40, 3, 25
+STEPS, EVERY, KILLS, KEPT = 40, 3, 25, 2
 
 
 def write_killable_config(directory: Path, corpus: Corpus, *, in_background: bool) -> Path:
     values = config_values(corpus, directory / "straight")
     values["train"] |= {"steps": STEPS, "log_every": 1, "eval_every": 0}
-    values["checkpoint"] = {"save_every": EVERY, "keep_last": 2, "async_save": in_background}
+    values["checkpoint"] = {"save_every": EVERY, "keep_last": KEPT, "async_save": in_background}
     values["data"]["num_workers"] = 0
     values["monitor"] = {"tensorboard": False}
     path = directory / "config.yaml"
@@ -62,8 +62,10 @@ def test_killed_at_any_instant(
         f"steps lost {sorted(lost)}, save interval {EVERY}"
     )
     assert len(lost) == KILLS
+    assert in_save > 0
     # In the background one save may be on its way while the next steps are done.
     assert max(lost) <= (2 * EVERY if in_background else EVERY)
     for run in found["ended"]:
+        assert len(list(Path(run).glob("checkpoints/step_*"))) == KEPT
         for metric in ("loss", "grad_norm"):
             assert series(Path(run), metric) == series(straight, metric), f"{run}: {metric}"

@@ -175,7 +175,8 @@ def test_strangers_are_not_listened_to(ranks: Ranks) -> None:
     for row in ports:
         address, port = row[1].split(":")
         assert address == "0100007F"
-        for said in (b"\n", b'{"secret": "x", "rank": 1}\n', b"[1]\n", draw.randbytes(9000), b""):
+        strangers = [b"\n", b'{"secret": "x", "rank": 1}\n', b'{"secret": "\\ud800", "rank": 1}\n', b"[1]\n"]
+        for said in (*strangers, draw.randbytes(9000), *[b""] * 40):
             with socket.create_connection(("127.0.0.1", int(port, 16))) as stranger:
                 try:
                     stranger.sendall(said)

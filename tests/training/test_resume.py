@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from megatron_tied import ConfigError, build_gpt_model
 from megatron_tied.checkpoint.layout import model_layout
 from megatron_tied.checkpoint.loader import load_weights, verified
 from megatron_tied.checkpoint.manifest import Manifest
+from megatron_tied.checkpoint.storage import tensor_key
 from megatron_tied.checkpoint.weights import WeightReader
 from megatron_tied.convert.sources import CheckpointSource
 from megatron_tied.training.config_file import parse_config
@@ -29,6 +31,8 @@ OFFLOAD_3 = "deepspeed.zero_optimization.offload_param.device=cpu"
 METRICS = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "lr")
 OBSERVED = ("routing/", "layer_", "bank_", "agreement_")
 
+# A loss scale that grows on the way.
+SCALED = ["deepspeed.fp16.initial_scale_power=8", "deepspeed.fp16.loss_scale_window=3"]
 # On two processes, EP 2, two micro-batches a step: what the straight run is started with, and the run from its middle.
 BITWISE = {
     "zero0": [f"{STAGE}=0"],
@@ -36,7 +40,7 @@ BITWISE = {
     "zero2": [f"{STAGE}=2", "checkpoint.async_save=false"],
     "zero3": [f"{STAGE}=3"],
     "bf16": [f"{STAGE}=2", "train.precision=bf16"],
-    "fp16": [f"{STAGE}=1", "train.precision=fp16", "deepspeed.fp16.initial_scale_power=8"],
+    "fp16": [f"{STAGE}=1", "train.precision=fp16", *SCALED],
     "dropout": [f"{STAGE}=1", "model.hidden_dropout=0.1", "model.attention_dropout=0.1"],
     "expert bias": [
         *("model.moe_router_score_function=sigmoid", "model.moe_router_enable_expert_bias=true"),
@@ -63,6 +67,7 @@ BITWISE |= {**WITH_FROZEN, "latent": [*LATENT, f"{STAGE}=3"]}
 BITWISE |= {"muon, zero2": [*MUON, f"{STAGE}=2"], "muon, zero3, bf16": [*MUON, f"{STAGE}=3", "train.precision=bf16"]}
 SHARED = ["tie.share=all", *MUON]
 BITWISE |= {"shared, zero2": [*SHARED, f"{STAGE}=2"], "shared, zero3": ["tie.share=experts_attention", f"{STAGE}=3"]}
+NO_BIAS_UPDATE = ["train.steps=1", "optimizer.warmup_steps=0", "model.moe_router_bias_update_rate=0"]
 # From the checkpoint of "zero1" on two processes.
 ON_TWO = {
     "to zero3": [f"{STAGE}=3"],
@@ -146,8 +151,10 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
             "optimizer.warmup_steps=1",
         ]
     }
+    biased = [*BITWISE["expert bias"], f"train.init_from={made.checkpoint('expert bias', STEPS)}"]
+    weights["weights with bias"] = [*biased, *NO_BIAS_UPDATE, "checkpoint.save_every=1"]
     made.start(2, straight | resumed | moved | weights)
-    made.start(4, {"4, 2, zero2": [f"{EP}=2", f"{STAGE}=2", SAVE]})
+    made.start(4, {"4, 2, zero2": [f"{EP}=2", f"{STAGE}=2", SAVE], "to 4, 4": [f"{EP}=4", made.resume("zero1")]})
     for world, cases in ANY_TO_ANY.items():
         made.start(world, {name: [*overrides, made.resume("4, 2, zero2")] for name, overrides in cases.items()})
     return made
@@ -169,7 +176,7 @@ def test_four_and_four_steps_are_eight_bit_for_bit(runs: Runs, name: str) -> Non
 
 
 def moved() -> list[tuple[str, str]]:
-    cases = [*(("zero1", name) for name in ON_TWO), *ON_TWO_FROM]
+    cases = [*(("zero1", name) for name in [*ON_TWO, "to 4, 4"]), *ON_TWO_FROM]
     return cases + [("4, 2, zero2", name) for of_world in ANY_TO_ANY.values() for name in of_world]
 
 
@@ -186,6 +193,35 @@ def test_weights_only_begin_a_new_run_where_the_other_ended(runs: Runs) -> None:
     untrained = runs.steps("zero1")[1]
     # On other samples, before the first update.
     assert abs(first["lm_loss"] - last["lm_loss"]) < 0.2 * (untrained["lm_loss"] - last["lm_loss"])
+
+
+def test_the_biases_of_experts_go_with_the_weights(runs: Runs) -> None:
+    expected, found = (
+        {name: tensor for name, tensor in _buffers(runs.checkpoint(run, step)) if name.endswith("expert_bias")}
+        for run, step in (("expert bias", STEPS), ("weights with bias", 1))
+    )
+    assert len(expected) == len(found) == 5
+    for name, bias in expected.items():
+        assert bias.abs().max() > 0
+        assert torch.equal(found[name], bias), name
+
+
+def _buffers(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in Manifest.read(checkpoint).tensors.items():
+        if name.startswith("buffer/"):
+            (chunk,) = tensor.chunks
+            with safe_open(checkpoint / chunk.file, "pt") as file:
+                yield name, file.get_tensor(tensor_key(name, chunk.offsets))
+
+
+def test_the_loss_scale_goes_on(runs: Runs) -> None:
+    straight, resumed = (
+        {line["step"]: line["loss_scale"] for line in read_metrics(runs.directory / name) if "loss_scale" in line}
+        for name in ("fp16", "fp16 resumed")
+    )
+    assert len(set(straight.values())) > 1
+    assert straight[HALF + 1] != straight[1]
+    assert resumed == {step: scale for step, scale in straight.items() if step > HALF}
 
 
 def test_a_checkpoint_holds_each_parameter_once(runs: Runs) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,20 @@ import pytest
 from megatron_tied.checkpoint.directory import CheckpointDirectory
 from megatron_tied.cli import main as cli
 from megatron_tied.errors import ConfigError
+from megatron_tied.training import startup
 from megatron_tied.training.config_file import load_config
 from megatron_tied.training.resume import _named, choose_start
-from tests.training.runs import Corpus, Finished, alone_command, config_values, finish, read_metrics, series
+from tests.training.runs import (
+    ROOT,
+    Corpus,
+    Finished,
+    alone_command,
+    config_values,
+    environment,
+    finish,
+    read_metrics,
+    series,
+)
 
 STEPS, EVERY = 6, 2
 EP = "parallel.expert_model_parallel_size=1"
@@ -309,3 +322,60 @@ def test_directories_that_cannot_be_listed(config: Path, tmp_path: Path, monkeyp
         choose_start(load_config(config, [f"train.run_dir={tmp_path}"]))
     with pytest.raises(ConfigError, match=rf"train.init_from = '{tmp_path}': cannot be used: .* has no manifest.json$"):
         _named(str(tmp_path), "train.init_from")
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_finished_run_without_checkpoints_is_not_begun_again(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds a finished run without checkpoints: name a new directory"):
+        choose_start(load_config(config, [f"train.run_dir={tmp_path}", "checkpoint.save_every=0"]))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_run_directory_that_another_host_does_not_see(
+    config: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What the first rank has made is not there: this process stands for the other host.
+    told = iter([["of the first rank"], ["node1"]])
+    monkeypatch.setattr(startup, "gather_json", lambda value: next(told, [value]))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    with pytest.raises(ConfigError, match="must be in a file system that all ranks share: checkpoints there are not"):
+        startup._check_shared(load_config(config, [f"train.run_dir={run}"]))
+    assert not list(run.glob("checkpoints/.shared.*"))
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from megatron_tied.training.run_lock import RunLock
+with RunLock(Path(sys.argv[1])) as lock:
+    print(lock.take(), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_a_directory_is_refused_while_the_first_is_at_work(config: Path, run: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "None\n"
+        finished = train(config, f"train.run_dir={run}")
+        told = f"must not be that of a run that is at work, as process {holder.pid} on {socket.gethostname()} is"
+        assert (finished.code, f"train.run_dir = '{run}': {told}" in finished.output) == (2, True), finished.output
+        holder.kill()
+    assert train(config, f"train.run_dir={run}").code == 0  # however it has ended
+
+
+def test_a_config_of_ones_own_is_not_replaced(config: Path, tmp_path: Path) -> None:
+    own = shutil.copy(config, tmp_path / "config.yaml")
+    finished = train(Path(own), f"train.run_dir={tmp_path}")
+    assert finished.code == 2
+    assert f"train.run_dir = '{tmp_path}': must not hold {own} itself" in finished.output
+    assert Path(own).read_text() == config.read_text()
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(config: Path, tmp_path: Path) -> None:
+    command = alone_command(config, f"train.run_dir={tmp_path}")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=ROOT, env=environment(), stderr=full, timeout=300, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "summary.json").is_file()
