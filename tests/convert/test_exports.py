@@ -64,13 +64,14 @@ def test_a_tied_model_has_the_same_logits_plain_and_compact(name: str, tmp_path:
 
     compact_directory = convert("megatron-tied", "hf-compact", tied, tmp_path / "compact")
     compact = load(compact_directory, trust_remote_code=True)
-    assert torch.equal(logits(compact, some_tokens()), logits(plain, some_tokens()))
+    # Not bit for bit: where weights lie decides which kernel BLAS takes.
+    torch.testing.assert_close(logits(compact, some_tokens()), logits(plain, some_tokens()), rtol=1e-5, atol=1e-5)
     unique = sum(torch.Size(shape).numel() for shape in WeightReader(tied).shapes().values())
     assert compact.num_parameters() == unique < plain.num_parameters()
 
     compact.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved", trust_remote_code=True)
-    assert torch.equal(logits(again, some_tokens()), logits(compact, some_tokens()))
+    torch.testing.assert_close(logits(again, some_tokens()), logits(compact, some_tokens()), rtol=1e-5, atol=1e-5)
     for model in (compact, again, again.to(torch.bfloat16)):
         places = {layer: experts_of(model, layer) for layer in range(first_moe_layer(name), 6)}
         assert len(set(places.values())) == len(places) - 2

@@ -32,7 +32,7 @@ TEXTS = [[make_text(40 + row, 100 * file + row) for row in range(50)] for file i
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """So that a small data set is many batches, each of which is saved."""
-    monkeypatch.setattr(stream.Stream.chunks, "__defaults__", (2000,))
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 2000)
     monkeypatch.setattr(room, "_SAVE_BYTES", 1)
     monkeypatch.setattr("megatron_tied.data.encode.CHUNK_BYTES", 2000)
 

@@ -261,7 +261,7 @@ def test_a_size_is_derived_though_another_is_wrong(name: str):
 def test_topology_of_a_model():
     model = ModelConfig.resolve({"preset": "quickstart", "moe_layer_freq": [0, 1, 1, 1, 1, 1, 1, 0]})
     tie = TieConfig(group_size=2, num_tied_experts=4)
-    assert model.topology(tie).describe() == "8 layers: 1 2 [3 4] 5 6; dense: 0 7"
+    assert model.topology(tie).describe() == "8 layers: 1 2 [3 4] 5 6; experts of tied banks: 4; dense: 0 7"
     with pytest.raises(ConfigError, match=r"tie\.num_tied_experts = 3.* model\.moe_router_topk = 4"):
         model.topology(dataclasses.replace(tie, num_tied_experts=3))
 
