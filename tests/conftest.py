@@ -19,8 +19,18 @@ prepare()
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
-# A shell starts its background jobs with SIGINT ignored, and what they start inherits it: tests press Ctrl-C.
+# A shell starts its background jobs with SIGINT ignored, nohup with SIGHUP, and what they start inherits it: tests send
+# both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def forget_moe_losses() -> Iterator[None]:
+    """Megatron-Core's table of losses has as many rows as the first model's layers: the next may be of another size."""
+    yield
+    if (moe := sys.modules.get("megatron.core.transformer.moe.moe_utils")) is not None:
+        moe.get_moe_layer_wise_logging_tracker().clear()
 
 
 @pytest.fixture(scope="session")

@@ -153,7 +153,7 @@ def test_saved_config_is_the_resolved_one(reference_run: Run, config: RunConfig)
 
 def test_nothing_unfinished_is_left(reference_run: Run):
     names = sorted(path.name for path in reference_run.directory.iterdir())
-    assert names == ["config.yaml", "metrics.jsonl", "summary.json", "tensorboard"]
+    assert names == [".run.lock", "config.yaml", "metrics.jsonl", "summary.json", "tensorboard"]
 
 
 def test_every_line_is_ours_and_printed_once(reference_run: Run):
