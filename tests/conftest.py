@@ -49,8 +49,8 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def launched(one_process: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process as a launcher's only rank, for an engine; Megatron-Core's global losses are as new afterwards."""
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, clear_aux_losses_tracker
+    """This process as a launcher's only rank, for an engine; the scale of router losses is as new afterwards."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from tests.fp16 import allow_fp16
 
@@ -59,7 +59,6 @@ def launched(one_process: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     allow_fp16()
     yield
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
-    clear_aux_losses_tracker()
 
 
 @pytest.fixture(scope="session")

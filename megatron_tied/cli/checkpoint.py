@@ -36,14 +36,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from megatron_tied.checkpoint.manifest import BrokenCheckpointError
+    from megatron_tied.checkpoint.verify import verify
 
     directory, manifest = _read(args.directory)
     try:
-        for name in tqdm(manifest.files, desc="verifying", unit="file", leave=False, disable=None):
-            manifest.check_file(directory, name)
+        verify(directory, manifest)
     except BrokenCheckpointError as error:
         raise ConfigError(Problem("DIR", str(args.directory), f"is not sound: {error}")) from None
     print(f"{directory}: sound, {len(manifest.files)} files of {sum(f.bytes for f in manifest.files.values()):,} bytes")

@@ -20,7 +20,6 @@ from megatron_tied.data.adapters import VOCABULARY, is_tiktoken
 from megatron_tied.errors import ConfigError, Problem
 from megatron_tied.inference.loading import HF_FILES
 
-# Where a checkpoint keeps what only a Hugging Face model needs.
 GENERATION_CONFIG = "generation_config.json"
 
 

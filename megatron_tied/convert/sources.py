@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from tqdm import tqdm
 
 from megatron_tied.checkpoint.manifest import BrokenCheckpointError, Manifest
+from megatron_tied.checkpoint.verify import verify
 from megatron_tied.checkpoint.weights import WeightReader
 from megatron_tied.convert.tensors import EMBEDDING, KINDS, Shape, bank_name, entries, expert_shape
 from megatron_tied.errors import ConfigError, Problem, listed
@@ -70,13 +70,8 @@ class CheckpointSource:
 
     def check_content(self) -> None:
         """Compare every file with its checksum. Raises `ConfigError` for a damaged one."""
-        files = self._reader.manifest.files
-        size = sum(file.bytes for file in files.values())
         try:
-            with tqdm(total=size, desc="verifying", unit="B", unit_scale=True, leave=False, disable=None) as progress:
-                for name, file in files.items():
-                    self._reader.manifest.check_file(self.directory, name)
-                    progress.update(file.bytes)
+            verify(self.directory, self._reader.manifest)
         except BrokenCheckpointError as error:
             raise ConfigError(Problem("--input", str(self.directory), f"is not sound: {error}")) from None
 

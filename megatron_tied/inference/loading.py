@@ -27,7 +27,7 @@ from megatron_tied.topology import TieConfig
 # Where an expert takes so many tokens and no more, one text's result depends on the others beside it.
 _DROPPING = ("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity")
 _EMBEDDING = "weight/embedding.word_embeddings.weight"
-HF_FILES = "hf"  # beside a conversion's weights
+HF_FILES = "hf"  # beside a conversion's weights: what only a Hugging Face model needs
 _DEFAULT_LENGTH = 2048
 
 

@@ -52,7 +52,8 @@ class TieRequest:
         try:
             tie = tie_config(parser.parse_args([f"{name}={value}" for name, value in found.items()]))
         except ArgumentError as error:
-            raise ConfigError(Problem(error.argument_name or "", None, error.message)) from None
+            name = error.argument_name or ""
+            raise ConfigError(Problem(name, found.get(name), f"cannot be read: {error.message}")) from None
         if problems := tie.problems():
             raise ConfigError(map(in_flags, problems))
         return tie

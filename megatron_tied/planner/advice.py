@@ -46,7 +46,7 @@ def changes(subject: Subject, tie: TieConfig, plan: Plan) -> list[Change]:
 
 
 def _neighbours(
-    tie: TieConfig, layout: Layout, recompute_choices: Sequence[Recompute]
+    tie: TieConfig, layout: Layout, choices: Sequence[Recompute]
 ) -> Iterator[tuple[str, TieConfig, Layout]]:
     for stage in range(1, 4):
         if stage != layout.zero_stage:
@@ -62,7 +62,7 @@ def _neighbours(
             yield f"train.micro_batch_size={size}", tie, replace(layout, micro_batch_size=size)
         size = layout.micro_batch_size * factor
         yield f"train.micro_batch_size={size}", tie, replace(layout, micro_batch_size=size)
-    for recompute in recompute_choices:
+    for recompute in choices:
         if recompute != layout.recompute:
             yield _recompute_keys(recompute, layout.recompute), tie, replace(layout, recompute=recompute)
     if tie.banks is None:

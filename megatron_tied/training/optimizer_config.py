@@ -97,7 +97,7 @@ class OptimizerConfig(Section):
         if self.schedule == "wsd" and after == 0:
             valid = f"must be below train.steps = {steps} with optimizer.schedule: wsd, which decays in the end"
             yield Problem("optimizer.warmup_steps", self.warmup_steps, valid)
-        elif self.schedule == "wsd" and not 0 < self.decay_steps <= after:
+        elif self.schedule == "wsd" and after > 0 and not 0 < self.decay_steps <= after:
             valid = f"must be 1 to {after}, the steps after the warm-up, with optimizer.schedule: wsd"
             yield Problem("optimizer.decay_steps", self.decay_steps, valid)
         if self.schedule != "wsd" and self.decay_steps:

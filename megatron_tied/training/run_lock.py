@@ -15,10 +15,7 @@ NAME = ".run.lock"
 
 
 class RunLock:
-    """Held by the first rank from `take` until the context ends; the system lets go of it, however the process ends.
-
-    It is one that forked processes, such as a loader's workers, do not hold.
-    """
+    """Held by the first rank from `take` until the context ends."""
 
     def __init__(self, run_dir: Path):
         self._run_dir = run_dir
@@ -26,20 +23,11 @@ class RunLock:
 
     def take(self) -> Problem | None:
         """Take it, in a directory that is there; or what stands against it. Raises `OSError` for no file there."""
-        file = (self._run_dir / NAME).open("a+")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            valid = f"must not be that of a run that is at work, as {holder} is: end it, or name another directory"
+        found = locked(self._run_dir / NAME)
+        if isinstance(found, str):
+            valid = f"must not be that of a run that is at work, as {found} is: end it, or name another directory"
             return Problem("train.run_dir", str(self._run_dir), valid)
-        except OSError:  # a file system without locks
-            pass
-        self._file = file
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        self._file = found
         return None
 
     def __enter__(self) -> Self:
@@ -50,3 +38,23 @@ class RunLock:
     ) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def locked(path: Path) -> IO[str] | str:
+    """The file `path`, which this process holds until it is closed; or, in words, which process does. Raises `OSError`.
+
+    The system lets go of it however the process ends; forked ones, such as a loader's workers, do not hold it.
+    """
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        return holder
+    except OSError:  # a file system without locks
+        pass
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    return file

@@ -207,9 +207,11 @@ def test_bank_norms(world: int, name: str, results: Results) -> None:
             assert weight > 0
             assert gradient > 0
             found = [metrics[f"bank_{figure}_norm/{bank:02d}"] for figure in ("weight", "gradient", "update")]
-            # Half precision weights are roundings of those that the optimizer has.
+            # Half precision weights are roundings of those that the optimizer has, and their change is small.
+            rel = 1e-6 if name != "ep 2, fp16" else 1e-2
+            assert found[:2] == pytest.approx([weight, gradient], rel=rel)
             rel = 1e-6 if name != "ep 2, fp16" else 2e-2
-            assert found == pytest.approx([weight, gradient, update], rel=rel)
+            assert found[2] == pytest.approx(update, rel=rel)
             assert metrics[f"bank_update_ratio/{bank:02d}"] == pytest.approx(update / weight, rel=rel)
 
 

@@ -405,7 +405,7 @@ def test_a_tied_file_is_judged_by_what_it_says() -> None:
     assert unknown.saved.topology.describe() == "8 layers: 0 1 [2 3 4 5] 6 7"  # what would be asked for
     with pytest.raises(ConfigError, match="--moe-tie-skip-last = -1: must be an integer >= 0"):
         patch_text(Path("run.sh"), TIED_SCRIPT.format(layers=4, last=-1), TieRequest.of({}))
-    with pytest.raises(ConfigError, match="--moe-tie-skip-last = None: invalid int value: 'few'"):
+    with pytest.raises(ConfigError, match="--moe-tie-skip-last = 'few': cannot be read: invalid int value"):
         patch_text(Path("run.sh"), TIED_SCRIPT.format(layers=4, last="few"), TieRequest.of({}))
 
 

@@ -312,6 +312,10 @@ def test_bad_ds_config_file(config_file: Path, tmp_path: Path, content: str, mes
             ["optimizer.schedule=wsd", "train.steps=2", "optimizer.warmup_steps=2"],
             "optimizer.warmup_steps = 2: must be below train.steps = 2 with optimizer.schedule: wsd",
         ),
+        (
+            ["optimizer.schedule=wsd", "train.steps=2", "optimizer.warmup_steps=3"],
+            "optimizer.warmup_steps = 3: must be at most train.steps = 2",
+        ),
         (["optimizer.decay_steps=3"], "optimizer.decay_steps = 3: must be 0: it is for optimizer.schedule: wsd"),
         (
             ["optimizer.preset=tying_the_loop", "optimizer.name=adamw"],

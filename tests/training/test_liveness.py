@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tied.training.exits import LOST
+from megatron_tied.training.heartbeat_thread import CONNECT_SECONDS, HeartbeatThread
 from tests.training.liveness_worker import STEP
 from tests.training.runs import ROOT, environment, free_port
 
@@ -176,7 +177,7 @@ def test_strangers_are_not_listened_to(ranks: Ranks) -> None:
         address, port = row[1].split(":")
         assert address == "0100007F"
         strangers = [b"\n", b'{"secret": "x", "rank": 1}\n', b'{"secret": "\\ud800", "rank": 1}\n', b"[1]\n"]
-        for said in (*strangers, draw.randbytes(9000), *[b""] * 40):
+        for said in (*strangers, draw.randbytes(9000), b""):
             with socket.create_connection(("127.0.0.1", int(port, 16))) as stranger:
                 try:
                     stranger.sendall(said)
@@ -186,3 +187,19 @@ def test_strangers_are_not_listened_to(ranks: Ranks) -> None:
     time.sleep(1.2 * TIMEOUT)
     assert ranks.are_alive()
     assert not ranks.told()
+
+
+def test_strangers_beyond_a_number_are_turned_away_at_once(tmp_path: Path) -> None:
+    thread = HeartbeatThread(0, ["node0", "node1"], 600.0, tmp_path)
+    with contextlib.ExitStack() as opened:
+        listener = opened.enter_context(socket.create_server(("127.0.0.1", 0), backlog=128))
+        thread.listen_to([1], listener, "secret")
+        thread.start()
+        address = listener.getsockname()
+        waiting = [opened.enter_context(socket.create_connection(address)) for _ in range(60)]
+        waiting[-1].settimeout(CONNECT_SECONDS / 2)
+        assert waiting[-1].recv(1) == b""
+        waiting[0].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            waiting[0].recv(1)
+        thread.leave()
